@@ -1,0 +1,320 @@
+//! L1, L2 and refcount table entries (spec: L1/L2 tables, refcount table; standard, compressed and extended).
+
+use smallvec::SmallVec;
+
+use crate::{FormatError, Geometry, HostOffset, Version};
+
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+
+/// An L1 entry as stored, in host byte order.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct L1Entry(pub u64);
+
+impl L1Entry {
+    const RESERVED: u64 = 0x7f00_0000_0000_01ff;
+
+    /// The entry that leads to an L2 table of refcount 1 at `offset`.
+    pub fn owned(offset: HostOffset) -> Self {
+        Self(offset.0 | COPIED)
+    }
+
+    /// Whether the entry claims that its L2 table has refcount exactly 1. Only meaningful in the active L1 table.
+    pub fn copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+
+    /// The same entry with the COPIED flag set or cleared.
+    #[must_use]
+    pub fn with_copied(self, copied: bool) -> Self {
+        Self(if copied { self.0 | COPIED } else { self.0 & !COPIED })
+    }
+
+    /// Where the L2 table is; `None` if the whole range is unallocated.
+    ///
+    /// # Errors
+    /// Reserved bits set, or an offset that is not cluster-aligned.
+    pub fn l2_table(self, geometry: Geometry) -> Result<Option<HostOffset>, FormatError> {
+        if self.0 & Self::RESERVED != 0 {
+            return Err(FormatError::Reserved { field: "L1 entry", value: self.0, reserved: Self::RESERVED });
+        }
+        let offset = self.0 & OFFSET_MASK;
+        if !geometry.is_aligned(offset) {
+            return Err(unaligned("L1 entry", offset, geometry));
+        }
+        Ok((offset != 0).then_some(HostOffset(offset)))
+    }
+}
+
+/// What an L2 entry says about its guest cluster.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Mapping {
+    /// Nothing: the backing file answers, or zeros where there is none.
+    Unallocated,
+    /// Reads as zeros; no host cluster.
+    Zero,
+    /// Reads as zeros; a host cluster is owned (preallocated).
+    ZeroAllocated(HostOffset),
+    /// Data at this host offset.
+    Data(HostOffset),
+    /// Compressed data.
+    Compressed(CompressedExtent),
+}
+
+/// Where the compressed bytes of one guest cluster may be.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct CompressedExtent {
+    /// First byte; any alignment.
+    pub offset: HostOffset,
+    /// Upper bound of the compressed length: up to the end of the last sector counted. The file may end before.
+    pub bytes: u64,
+}
+
+/// A standard 64-bit L2 entry as stored (or the first half of an extended one), in host byte order.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct L2Entry(pub u64);
+
+impl L2Entry {
+    const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+    /// The entry of a zero cluster without a host cluster (version 3).
+    pub const ZERO: Self = Self(ZERO);
+
+    /// The entry of a data cluster of refcount 1 at `offset`.
+    pub fn owned(offset: HostOffset) -> Self {
+        Self(offset.0 | COPIED)
+    }
+
+    /// Whether the entry claims that its data cluster has refcount exactly 1.
+    pub fn copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+
+    /// The same entry with the COPIED flag set or cleared.
+    #[must_use]
+    pub fn with_copied(self, copied: bool) -> Self {
+        Self(if copied { self.0 | COPIED } else { self.0 & !COPIED })
+    }
+
+    /// Whether the cluster is compressed. Decides the meaning of every other bit.
+    pub fn is_compressed(self) -> bool {
+        self.0 & COMPRESSED != 0
+    }
+
+    /// What a standard entry says; also the host part of an extended one, whose bitmap says the rest.
+    ///
+    /// # Errors
+    /// Reserved bits, COPIED on a compressed entry, an unaligned offset, the zero flag in a version 2 image, or a
+    /// compressed offset of 2^56 and above.
+    pub fn decode(self, geometry: Geometry, version: Version) -> Result<Mapping, FormatError> {
+        if self.is_compressed() {
+            return self.compressed(geometry).map(Mapping::Compressed);
+        }
+        if self.0 & Self::RESERVED != 0 {
+            return Err(FormatError::Reserved { field: "L2 entry", value: self.0, reserved: Self::RESERVED });
+        }
+        let offset = HostOffset(self.0 & OFFSET_MASK);
+        if !geometry.is_aligned(offset.0) {
+            return Err(unaligned("L2 entry", offset.0, geometry));
+        }
+        let zero = self.0 & ZERO != 0 && !geometry.extended_l2();
+        if zero && version == Version::V2 {
+            return Err(FormatError::Invalid {
+                field: "L2 entry",
+                value: self.0,
+                rule: "a version 2 image has no zero clusters",
+            });
+        }
+        Ok(match (zero, offset.0) {
+            (true, 0) => Mapping::Zero,
+            (true, _) => Mapping::ZeroAllocated(offset),
+            (false, 0) => Mapping::Unallocated,
+            (false, _) => Mapping::Data(offset),
+        })
+    }
+
+    fn compressed(self, geometry: Geometry) -> Result<CompressedExtent, FormatError> {
+        if self.copied() {
+            return Err(FormatError::Invalid {
+                field: "L2 entry",
+                value: self.0,
+                rule: "a compressed entry never has the COPIED flag",
+            });
+        }
+        let x = geometry.compressed_offset_bits();
+        let offset = self.0 & ((1 << x) - 1);
+        if offset >> 56 != 0 {
+            return Err(FormatError::Invalid {
+                field: "L2 entry",
+                value: self.0,
+                rule: "a compressed offset must be below 2^56",
+            });
+        }
+        let sectors = ((self.0 >> x) & ((1 << (geometry.cluster_bits() - 8)) - 1)) + 1;
+        Ok(CompressedExtent { offset: HostOffset(offset), bytes: sectors * 512 - offset % 512 })
+    }
+}
+
+/// An extended 128-bit L2 entry (incompatible bit 4), in host byte order.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct ExtendedL2Entry {
+    /// Offset, COPIED and compressed flags, as in a standard entry; bit 0 is not used.
+    pub descriptor: L2Entry,
+    /// Bits 0..31: subcluster holds data; bits 32..63: subcluster reads as zeros.
+    pub subclusters: u64,
+}
+
+/// Neighbouring subclusters of one cluster that say the same.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct SubRun {
+    /// First subcluster, 0 to 31.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+    /// What they say. A `Data` or `ZeroAllocated` offset is that of the first subcluster; `Compressed` covers all 32.
+    pub mapping: Mapping,
+}
+
+impl ExtendedL2Entry {
+    /// The entry's subclusters as runs, in order, all 32 covered.
+    ///
+    /// # Errors
+    /// As [`L2Entry::decode`]; and a subcluster that is both data and zero, data without a host cluster, or a
+    /// compressed entry with a bitmap: each makes the whole entry invalid.
+    pub fn decode(self, geometry: Geometry) -> Result<SmallVec<[SubRun; 4]>, FormatError> {
+        let mapping = self.descriptor.decode(geometry, Version::V3)?;
+        let bad = |rule| FormatError::Invalid { field: "subcluster bitmap", value: self.subclusters, rule };
+        let mut runs: SmallVec<[SubRun; 4]> = SmallVec::new();
+        let offset = match mapping {
+            Mapping::Compressed(_) if self.subclusters != 0 => {
+                return Err(bad("a compressed cluster has no subclusters"));
+            }
+            Mapping::Compressed(_) => {
+                runs.push(SubRun { first: 0, count: 32, mapping });
+                return Ok(runs);
+            }
+            Mapping::Data(offset) => Some(offset),
+            _ => None,
+        };
+        for first in 0..32 {
+            let data = self.subclusters >> first & 1 != 0;
+            let zero = self.subclusters >> (32 + first) & 1 != 0;
+            let here = offset.map(|o| HostOffset(o.0 + u64::from(first) * geometry.subcluster_size()));
+            let mapping = match (data, zero, here) {
+                (true, true, _) => return Err(bad("a subcluster is either data or zero")),
+                (true, false, None) => return Err(bad("a data subcluster needs a host cluster")),
+                (true, false, Some(at)) => Mapping::Data(at),
+                (false, true, Some(at)) => Mapping::ZeroAllocated(at),
+                (false, true, None) => Mapping::Zero,
+                (false, false, _) => Mapping::Unallocated,
+            };
+            match runs.last_mut() {
+                Some(last) if same_kind(last.mapping, mapping) => last.count += 1,
+                _ => runs.push(SubRun { first, count: 1, mapping }),
+            }
+        }
+        Ok(runs)
+    }
+}
+
+/// A refcount table entry as stored, in host byte order.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct RefcountTableEntry(pub u64);
+
+impl RefcountTableEntry {
+    /// Where the refcount block is; `None` if all its counts are 0.
+    ///
+    /// # Errors
+    /// Reserved bits set, or an offset that is not cluster-aligned.
+    pub fn block(self, geometry: Geometry) -> Result<Option<HostOffset>, FormatError> {
+        if self.0 & 0x1ff != 0 {
+            return Err(FormatError::Reserved { field: "refcount table entry", value: self.0, reserved: 0x1ff });
+        }
+        if !geometry.is_aligned(self.0) {
+            return Err(unaligned("refcount table entry", self.0, geometry));
+        }
+        Ok((self.0 != 0).then_some(HostOffset(self.0)))
+    }
+}
+
+fn same_kind(a: Mapping, b: Mapping) -> bool {
+    core::mem::discriminant(&a) == core::mem::discriminant(&b)
+}
+
+fn unaligned(field: &'static str, value: u64, geometry: Geometry) -> FormatError {
+    FormatError::Unaligned { field, value, alignment: geometry.cluster_size() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_entries() {
+        let g = Geometry::new(16, false).unwrap();
+        let compressed = |offset, bytes| Mapping::Compressed(CompressedExtent { offset: HostOffset(offset), bytes });
+        let cases = [
+            ("empty", 0, Mapping::Unallocated),
+            ("copied without offset", COPIED, Mapping::Unallocated),
+            ("data", 0x8000_0000_0005_0000, Mapping::Data(HostOffset(0x50000))),
+            ("shared data", 0x0005_0000, Mapping::Data(HostOffset(0x50000))),
+            ("zero", 1, Mapping::Zero),
+            ("preallocated zero", 0x8000_0000_0005_0001, Mapping::ZeroAllocated(HostOffset(0x50000))),
+            // Captured from qemu-img: three packed clusters, the third at an odd offset.
+            ("packed 0", 0x5180_0000_0005_0000, compressed(0x50000, 71 * 512)),
+            ("packed 1", 0x5180_0000_0005_8cfc, compressed(0x58cfc, 71 * 512 - 0xfc)),
+            ("packed 2", 0x5180_0000_0006_1927, compressed(0x61927, 71 * 512 - 0x127)),
+        ];
+        for (name, raw, want) in cases {
+            assert_eq!(L2Entry(raw).decode(g, Version::V3), Ok(want), "{name}");
+        }
+        for (name, raw, version) in [
+            ("reserved", 0x0100_0000_0005_0000, Version::V3),
+            ("unaligned", 0x0005_0200, Version::V3),
+            ("zero in v2", 1, Version::V2),
+            ("copied compressed", 0xc000_0000_0005_0000, Version::V3),
+        ] {
+            assert!(L2Entry(raw).decode(g, version).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn extended_entries() {
+        let g = Geometry::new(16, true).unwrap();
+        // Captured from qemu-io: data in subclusters 0 and 3, zeros in 5.
+        let entry = ExtendedL2Entry { descriptor: L2Entry(0x8000_0000_0005_0000), subclusters: 0x20_0000_0009 };
+        let runs = entry.decode(g).unwrap();
+        let want = [
+            (0, 1, Mapping::Data(HostOffset(0x50000))),
+            (1, 2, Mapping::Unallocated),
+            (3, 1, Mapping::Data(HostOffset(0x50000 + 3 * 2048))),
+            (4, 1, Mapping::Unallocated),
+            (5, 1, Mapping::ZeroAllocated(HostOffset(0x50000 + 5 * 2048))),
+            (6, 26, Mapping::Unallocated),
+        ];
+        assert_eq!(runs.len(), want.len());
+        for (run, (first, count, mapping)) in runs.iter().zip(want) {
+            assert_eq!(*run, SubRun { first, count, mapping });
+        }
+        for (name, descriptor, subclusters) in
+            [("both", 0x50000, 1 | 1 << 32), ("data, no cluster", 0, 1), ("compressed, bitmap", COMPRESSED, 1)]
+        {
+            let entry = ExtendedL2Entry { descriptor: L2Entry(descriptor), subclusters };
+            assert!(entry.decode(g).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn pointers() {
+        let g = Geometry::new(12, false).unwrap();
+        assert_eq!(L1Entry(COPIED | 0x3000).l2_table(g), Ok(Some(HostOffset(0x3000))));
+        assert_eq!(L1Entry(COPIED).l2_table(g), Ok(None));
+        assert!(L1Entry(0x3200).l2_table(g).is_err());
+        assert!(L1Entry(0x3001).l2_table(g).is_err());
+        assert_eq!(RefcountTableEntry(0x2000).block(g), Ok(Some(HostOffset(0x2000))));
+        assert!(RefcountTableEntry(0x2200).block(g).is_err());
+        assert!(RefcountTableEntry(1).block(g).is_err());
+    }
+}

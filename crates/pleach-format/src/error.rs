@@ -1,0 +1,89 @@
+//! What can be wrong with bytes: which field, which value, what was allowed.
+
+use alloc::string::String;
+
+/// A structure that breaks the format, or uses a part of it that is refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// The first four bytes are not the qcow2 magic.
+    #[error("magic is {found:02x?}, a qcow2 image starts with 51 46 49 fb")]
+    BadMagic {
+        /// The four bytes found.
+        found: [u8; 4],
+    },
+    /// Version is neither 2 nor 3.
+    #[error("version is {found}, must be 2 or 3")]
+    BadVersion {
+        /// The version found.
+        found: u32,
+    },
+    /// More bytes are needed to read the structure.
+    #[error("{structure} needs {needed} bytes, only {have} are there")]
+    Truncated {
+        /// Which structure.
+        structure: &'static str,
+        /// Bytes that would be needed.
+        needed: u64,
+        /// Bytes given.
+        have: u64,
+    },
+    /// A numeric field lies outside what the format (or QEMU, where it is stricter) allows.
+    #[error("{field} is {value}, must be in {min}..={max}")]
+    OutOfRange {
+        /// Spec name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// Smallest value allowed.
+        min: u64,
+        /// Largest value allowed.
+        max: u64,
+    },
+    /// An offset that must be a multiple of something is not.
+    #[error("{field} is {value:#x}, must be a multiple of {alignment}")]
+    Unaligned {
+        /// Spec name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// Bytes it must be a multiple of.
+        alignment: u64,
+    },
+    /// Reserved bits are set.
+    #[error("{field} is {value:#x}, reserved bits {reserved:#x} must be zero")]
+    Reserved {
+        /// Spec name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// Mask of the reserved bits.
+        reserved: u64,
+    },
+    /// A value that breaks a rule which is not a plain range.
+    #[error("{field} is {value:#x}: {rule}")]
+    Invalid {
+        /// Spec name of the field.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+        /// The rule.
+        rule: &'static str,
+    },
+    /// An incompatible feature bit that nobody here knows.
+    #[error("incompatible feature bit {bit} ({name}) is not known")]
+    UnknownFeature {
+        /// Bit number, 0 to 63.
+        bit: u32,
+        /// Its name from the image's feature name table, escaped, or `unnamed`.
+        name: String,
+    },
+    /// The header cluster has no room for what should be written into it.
+    #[error("the header needs {needed} bytes, a cluster has {available}: the backing file name is too long")]
+    HeaderFull {
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes in the first cluster.
+        available: u64,
+    },
+}

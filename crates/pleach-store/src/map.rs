@@ -1,0 +1,128 @@
+//! Read-only maps of files, for metadata. The only unsafe code of the workspace.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use memmap2::{Mmap, MmapOptions};
+
+use crate::Store;
+
+/// A read-only view of a file. Reads copy: the bytes of a shared file may change under a reader, so no reference into
+/// the map is ever handed out.
+///
+/// Whoever holds a window holds a lock that keeps others from cutting the file short ([`crate::Role`]); the file is
+/// shortened by nobody else in this process. A read beyond what was mapped gives zeros.
+#[derive(Debug)]
+pub struct Window {
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    Map(Mmap),
+    Owned(Arc<Vec<u8>>),
+}
+
+impl Window {
+    /// Maps all of `file`.
+    ///
+    /// # Errors
+    /// What the system says, `Unsupported` for a file that cannot be mapped.
+    pub(crate) fn map(file: &File, len: u64) -> io::Result<Self> {
+        let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        if len == 0 {
+            return Ok(Self { source: Source::Owned(Arc::default()) });
+        }
+        // SAFETY: the map is read-only and never exposed as a slice. Its bytes are only read by `read_at`, through
+        // volatile loads of bytes inside the mapped length, which do not assume that the bytes stay the same between
+        // two loads. If another process cuts the file short against its lock, a load raises SIGBUS and ends the
+        // process, which every on-disk state of this project survives.
+        let map = unsafe { MmapOptions::new().len(len).map(file)? };
+        Ok(Self { source: Source::Map(map) })
+    }
+
+    /// A window over a copy of all of `store`, for stores that are not files.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn owned(store: &dyn Store) -> io::Result<Self> {
+        let len = usize::try_from(store.len()?).map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        let mut bytes = vec![0; len];
+        store.read_at(0, &mut bytes)?;
+        Ok(Self { source: Source::Owned(Arc::new(bytes)) })
+    }
+
+    /// Bytes that the window covers.
+    pub fn len(&self) -> u64 {
+        match &self.source {
+            Source::Map(map) => map.len() as u64,
+            Source::Owned(bytes) => bytes.len() as u64,
+        }
+    }
+
+    /// Whether it covers nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Fills `buf` from `offset`; bytes past the window's end read as zeros.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) {
+        let have = self.len().saturating_sub(offset).min(buf.len() as u64);
+        let (Ok(have), Ok(at)) = (usize::try_from(have), usize::try_from(offset)) else {
+            buf.fill(0);
+            return;
+        };
+        let (inside, outside) = buf.split_at_mut(have);
+        outside.fill(0);
+        match &self.source {
+            Source::Owned(bytes) => {
+                if let Some(from) = bytes.get(at..at + have) {
+                    inside.copy_from_slice(from);
+                }
+            }
+            Source::Map(map) if have > 0 => copy_volatile(map, at, inside),
+            Source::Map(_) => {}
+        }
+    }
+}
+
+/// Copies `out.len()` bytes from `at`; the caller has checked that they lie inside the map.
+fn copy_volatile(map: &Mmap, at: usize, out: &mut [u8]) {
+    assert!(at.checked_add(out.len()).is_some_and(|end| end <= map.len()));
+    // SAFETY: `at` is within the map (asserted above), so the pointer stays inside one allocation.
+    let start = unsafe { map.as_ptr().add(at) };
+    let (chunks, rest) = out.as_chunks_mut::<8>();
+    let whole = chunks.len() * 8;
+    for (i, chunk) in chunks.iter_mut().enumerate() {
+        // SAFETY: bytes i * 8 .. i * 8 + 8 behind `start` lie inside the map; an array of bytes needs no alignment,
+        // and every bit pattern is a valid one.
+        *chunk = unsafe { start.add(i * 8).cast::<[u8; 8]>().read_volatile() };
+    }
+    for (i, byte) in rest.iter_mut().enumerate() {
+        // SAFETY: as above, for the bytes behind the last whole chunk.
+        *byte = unsafe { start.add(whole + i).read_volatile() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_inside_across_and_past_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let bytes: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let window = Window::map(&File::open(&path).unwrap(), 10_000).unwrap();
+        for (at, len) in [(0, 16), (3, 1000), (9_990, 30), (20_000, 5), (0, 10_000), (9_999, 1)] {
+            let mut got = vec![0xee; len];
+            window.read_at(at, &mut got);
+            let want: Vec<u8> =
+                (0..len).map(|i| bytes.get(usize::try_from(at).unwrap() + i).copied().unwrap_or(0)).collect();
+            assert_eq!(got, want, "{at} {len}");
+        }
+    }
+}
