@@ -230,7 +230,11 @@ impl RefcountTableEntry {
     /// Reserved bits set, or an offset that is not cluster-aligned.
     pub fn block(self, geometry: Geometry) -> Result<Option<HostOffset>, FormatError> {
         if self.0 & 0x1ff != 0 {
-            return Err(FormatError::Reserved { field: "refcount table entry", value: self.0, reserved: 0x1ff });
+            return Err(FormatError::Reserved {
+                field: "refcount table entry",
+                value: self.0,
+                reserved: 0x1ff,
+            });
         }
         if !geometry.is_aligned(self.0) {
             return Err(unaligned("refcount table entry", self.0, geometry));
@@ -254,7 +258,8 @@ mod tests {
     #[test]
     fn standard_entries() {
         let g = Geometry::new(16, false).unwrap();
-        let compressed = |offset, bytes| Mapping::Compressed(CompressedExtent { offset: HostOffset(offset), bytes });
+        let compressed =
+            |offset, bytes| Mapping::Compressed(CompressedExtent { offset: HostOffset(offset), bytes });
         let cases = [
             ("empty", 0, Mapping::Unallocated),
             ("copied without offset", COPIED, Mapping::Unallocated),
@@ -284,7 +289,8 @@ mod tests {
     fn extended_entries() {
         let g = Geometry::new(16, true).unwrap();
         // Captured from qemu-io: data in subclusters 0 and 3, zeros in 5.
-        let entry = ExtendedL2Entry { descriptor: L2Entry(0x8000_0000_0005_0000), subclusters: 0x20_0000_0009 };
+        let entry =
+            ExtendedL2Entry { descriptor: L2Entry(0x8000_0000_0005_0000), subclusters: 0x20_0000_0009 };
         let runs = entry.decode(g).unwrap();
         let want = [
             (0, 1, Mapping::Data(HostOffset(0x50000))),
@@ -298,9 +304,11 @@ mod tests {
         for (run, (first, count, mapping)) in runs.iter().zip(want) {
             assert_eq!(*run, SubRun { first, count, mapping });
         }
-        for (name, descriptor, subclusters) in
-            [("both", 0x50000, 1 | 1 << 32), ("data, no cluster", 0, 1), ("compressed, bitmap", COMPRESSED, 1)]
-        {
+        for (name, descriptor, subclusters) in [
+            ("both", 0x50000, 1 | 1 << 32),
+            ("data, no cluster", 0, 1),
+            ("compressed, bitmap", COMPRESSED, 1),
+        ] {
             let entry = ExtendedL2Entry { descriptor: L2Entry(descriptor), subclusters };
             assert!(entry.decode(g).is_err(), "{name}");
         }

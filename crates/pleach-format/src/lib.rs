@@ -44,7 +44,7 @@ pub use bitmap::{BitmapRecord, BitmapsExtension};
 pub use entry::{CompressedExtent, ExtendedL2Entry, L1Entry, L2Entry, Mapping, RefcountTableEntry, SubRun};
 pub use error::FormatError;
 pub use header::{
-    Autoclear, BackingChange, BackingFile, CompressionType, Compatible, Encryption, Extension, ExtensionKind,
+    Autoclear, BackingChange, BackingFile, Compatible, CompressionType, Encryption, Extension, ExtensionKind,
     FeatureName, Header, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version, rewrite_backing, root,
 };
 pub use refcount::RefcountWidth;

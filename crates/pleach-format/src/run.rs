@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use crate::{GuestOffset, HostOffset, Mapping};
+use crate::{CompressedExtent, GuestOffset, HostOffset, Mapping};
 
 /// What a layer says about a stretch of guest bytes. Where it says nothing there is no run.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -10,7 +10,7 @@ pub enum RunKind {
     /// Data, contiguous in the file from this host offset.
     Data(HostOffset),
     /// Compressed data: one cluster, not contiguous with anything.
-    Compressed,
+    Compressed(CompressedExtent),
     /// Reads as zeros, whether or not host clusters are owned.
     Zero,
 }
@@ -51,7 +51,7 @@ impl RunList {
             Mapping::Unallocated => return,
             Mapping::Zero | Mapping::ZeroAllocated(_) => RunKind::Zero,
             Mapping::Data(offset) => RunKind::Data(offset),
-            Mapping::Compressed(_) => RunKind::Compressed,
+            Mapping::Compressed(extent) => RunKind::Compressed(extent),
         };
         self.push_run(Run { guest, len, kind });
     }

@@ -30,6 +30,8 @@ pub struct SnapshotRecord {
     pub icount: Option<u64>,
     /// Extra data behind the known fields, kept verbatim.
     pub unknown_extra: Vec<u8>,
+    /// Bytes of the entry in the table, without the padding that aligns the next one.
+    pub stored_bytes: usize,
 }
 
 impl SnapshotRecord {
@@ -90,6 +92,7 @@ impl SnapshotRecord {
             disk_size: field(8),
             icount: field(16).filter(|&count| count != u64::MAX),
             unknown_extra: extra.get(24..).unwrap_or(&[]).to_vec(),
+            stored_bytes: 40 + extra_len + id_len + name_len,
         };
         Ok((record, 40 + extra_len + id_len + name_len))
     }

@@ -189,7 +189,9 @@ impl Disk for RealDisk {
             .open(path)?;
         match Stat::of(&file.metadata()?).kind {
             FileKind::Regular | FileKind::BlockDevice => Ok(Arc::new(FileStore::new(file))),
-            FileKind::Directory => Err(io::Error::new(io::ErrorKind::InvalidInput, "is a directory, not an image")),
+            FileKind::Directory => {
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "is a directory, not an image"))
+            }
             FileKind::Other => Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file")),
         }
     }

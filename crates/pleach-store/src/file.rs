@@ -7,7 +7,8 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
+use nix::fcntl::{FallocateFlags, copy_file_range, fallocate};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
 use crate::disk::Stat;
@@ -23,6 +24,17 @@ impl FileStore {
     /// A store on `file`, which stays open as long as the store.
     pub fn new(file: File) -> Self {
         Self { file }
+    }
+
+    fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
+        const ZEROS: [u8; 65536] = [0; 65536];
+        let mut at = range.start;
+        while at < range.end {
+            let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(ZEROS.len());
+            self.file.write_all_at(ZEROS.get(..len).unwrap_or(&ZEROS), at)?;
+            at += len as u64;
+        }
+        Ok(())
     }
 }
 
@@ -61,14 +73,48 @@ impl Store for FileStore {
         if range.is_empty() {
             return Ok(());
         }
-        let as_off = |v: u64| i64::try_from(v).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge));
-        let (start, len) = (as_off(range.start)?, as_off(range.end - range.start)?);
+        let (start, len) = (offset(range.start)?, offset(range.end - range.start)?);
         match fallocate(self.file.as_fd(), FallocateFlags::empty(), start, len) {
             Ok(()) => Ok(()),
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) if self.len()? < range.end => self.set_len(range.end),
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
             Err(other) => Err(other.into()),
         }
+    }
+
+    fn discard(&self, range: Range<u64>) -> io::Result<()> {
+        let end = range.end.min(self.len()?);
+        if range.start >= end {
+            return Ok(());
+        }
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        match fallocate(self.file.as_fd(), flags, offset(range.start)?, offset(end - range.start)?) {
+            Ok(()) => Ok(()),
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeros(range.start..end),
+            Err(other) => Err(other.into()),
+        }
+    }
+
+    fn copy_from(&self, from: &dyn Store, from_offset: u64, to_offset: u64, len: u64) -> io::Result<bool> {
+        let Some(source) = from.as_file() else { return Ok(false) };
+        let (mut at, mut to) = (offset(from_offset)?, offset(to_offset)?);
+        let mut left = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+        while left > 0 {
+            match copy_file_range(source.as_fd(), Some(&mut at), self.file.as_fd(), Some(&mut to), left) {
+                Ok(0) => return Ok(false),
+                Ok(n) => left -= n,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EXDEV | Errno::EOPNOTSUPP | Errno::EINVAL | Errno::ENOSYS) => return Ok(false),
+                Err(other) => return Err(other.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    fn clones_at(&self) -> Option<u64> {
+        let info = fstatfs(self.file.as_fd()).ok()?;
+        let kind = info.filesystem_type();
+        (kind == XFS_SUPER_MAGIC || kind == BTRFS_SUPER_MAGIC).then(|| u64::try_from(info.block_size()).ok())?
     }
 
     fn barrier(&self) -> io::Result<()> {
@@ -108,9 +154,13 @@ impl Store for FileStore {
     }
 }
 
+fn offset(value: u64) -> io::Result<i64> {
+    i64::try_from(value).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))
+}
+
 /// The next data or hole from `at`; `None` behind the last one.
 fn seek(file: &File, at: u64, whence: Whence) -> io::Result<Option<u64>> {
-    let at = i64::try_from(at).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge))?;
+    let at = offset(at)?;
     match lseek(file.as_fd(), at, whence) {
         Ok(found) => Ok(u64::try_from(found).ok()),
         Err(Errno::ENXIO) => Ok(None),

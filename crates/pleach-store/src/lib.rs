@@ -75,6 +75,25 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// What the system says: `StorageFull` before anything was written.
     fn reserve(&self, range: Range<u64>) -> io::Result<()>;
 
+    /// Makes the range read as zeros, giving its space back where the file system can. The length stays.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn discard(&self, range: Range<u64>) -> io::Result<()>;
+
+    /// Copies `len` bytes of another store within the kernel, sharing the space where the file system can. False, and
+    /// nothing promised about the range, if that is not possible.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn copy_from(&self, from: &dyn Store, from_offset: u64, offset: u64, len: u64) -> io::Result<bool>;
+
+    /// Whether [`copy_from`](Self::copy_from) a store of the same file system shares space instead of writing, for
+    /// ranges that are aligned to this many bytes.
+    fn clones_at(&self) -> Option<u64> {
+        None
+    }
+
     /// Makes everything written so far durable, the length included.
     ///
     /// # Errors

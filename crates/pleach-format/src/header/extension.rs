@@ -79,7 +79,11 @@ const MAX_EXTENSIONS: usize = 256;
 
 /// The extensions in `bytes[start..bound]`, and the offset behind the end marker (or behind the last extension, where
 /// the area ends without one). `bytes` may be shorter than `bound` as long as the end marker is inside.
-pub(super) fn parse(bytes: &[u8], start: usize, bound: usize) -> Result<(Vec<Extension>, usize), FormatError> {
+pub(super) fn parse(
+    bytes: &[u8],
+    start: usize,
+    bound: usize,
+) -> Result<(Vec<Extension>, usize), FormatError> {
     let mut extensions: Vec<Extension> = Vec::new();
     let mut at = start;
     while at.saturating_add(8) <= bound {
@@ -121,11 +125,7 @@ pub(super) fn parse(bytes: &[u8], start: usize, bound: usize) -> Result<(Vec<Ext
 }
 
 fn truncated(needed: usize, bytes: &[u8]) -> FormatError {
-    FormatError::Truncated {
-        structure: "header extensions",
-        needed: needed as u64,
-        have: bytes.len() as u64,
-    }
+    FormatError::Truncated { structure: "header extensions", needed: needed as u64, have: bytes.len() as u64 }
 }
 
 /// One entry of the feature name table.
@@ -148,7 +148,11 @@ impl FeatureName {
                 let name = entry.get(2..).unwrap_or(&[]);
                 let end = name.iter().position(|&b| b == 0).unwrap_or(name.len());
                 let name = name.get(..end).unwrap_or(&[]);
-                Self { kind: be::u8(entry, 0), bit: be::u8(entry, 1), name: alloc::format!("{}", name.escape_ascii()) }
+                Self {
+                    kind: be::u8(entry, 0),
+                    bit: be::u8(entry, 1),
+                    name: alloc::format!("{}", name.escape_ascii()),
+                }
             })
             .collect()
     }

@@ -18,8 +18,8 @@ pub mod root;
 pub use backing::{BackingChange, rewrite_backing};
 pub use extension::{Extension, ExtensionKind, FeatureName};
 pub use new::NewHeader;
-pub use raw::{RawHeader, RawHeaderV3};
 use raw::{MAGIC, V2_LENGTH, V3_MIN_LENGTH};
+pub use raw::{RawHeader, RawHeaderV3};
 
 /// Most L1 entries that QEMU opens: 32 MiB of table.
 pub(crate) const MAX_L1_ENTRIES: u32 = 4 << 20;
@@ -194,8 +194,7 @@ impl Header {
             found => return Err(FormatError::BadVersion { found }),
         };
         let v3 = Words::parse(bytes, version, raw.cluster_bits.get())?;
-        let geometry =
-            Geometry::new(raw.cluster_bits.get(), v3.incompatible.has(Incompatible::EXTENDED_L2))?;
+        let geometry = Geometry::new(raw.cluster_bits.get(), v3.incompatible.has(Incompatible::EXTENDED_L2))?;
         let cluster = geometry.cluster_bytes();
         let backing_at = match raw.backing_file_offset.get() {
             0 => None,
@@ -230,7 +229,14 @@ impl Header {
                 0 => None,
                 1 => Some(Encryption::Aes),
                 2 => Some(Encryption::Luks),
-                other => return Err(FormatError::OutOfRange { field: "crypt_method", value: other.into(), min: 0, max: 2 }),
+                other => {
+                    return Err(FormatError::OutOfRange {
+                        field: "crypt_method",
+                        value: other.into(),
+                        min: 0,
+                        max: 2,
+                    });
+                }
             },
             incompatible: v3.incompatible,
             compatible: v3.compatible,
@@ -434,7 +440,11 @@ impl Words {
         let cluster = Geometry::new(cluster_bits, false)?.cluster_size();
         check_range("header_length", length.into(), V3_MIN_LENGTH as u64, cluster)?;
         if !length.is_multiple_of(8) {
-            return Err(FormatError::Unaligned { field: "header_length", value: length.into(), alignment: 8 });
+            return Err(FormatError::Unaligned {
+                field: "header_length",
+                value: length.into(),
+                alignment: 8,
+            });
         }
         let incompatible = Incompatible(raw.incompatible_features.get());
         let kind = if length > 104 { raw.compression_type } else { 0 };

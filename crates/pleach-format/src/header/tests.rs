@@ -113,7 +113,9 @@ fn backing_file_changes_are_atomic_and_keep_the_rest() {
                         assert!(atomic, "{version:?} {bits} {from} {to}");
                         let others = |h: &Header| -> Vec<_> {
                             let all = h.extensions().iter();
-                            all.filter(|e| e.kind != ExtensionKind::BackingFormat).map(|e| e.data.clone()).collect()
+                            all.filter(|e| e.kind != ExtensionKind::BackingFormat)
+                                .map(|e| e.data.clone())
+                                .collect()
                         };
                         assert_eq!(others(&after), others(&header));
                         let (gone, atomic) = apply(&bytes, &header, None);
@@ -133,8 +135,14 @@ fn names_that_do_not_fit_are_refused_and_overlaps_are_not_called_atomic() {
     let new = |len| BackingFile { name: vec![b'c'; len], format: Some(b"raw".to_vec()) };
     let (after, atomic) = apply(&bytes, &header, Some(&new(600)));
     assert!(!atomic && after.backing() == Some(&new(600)));
-    assert!(matches!(rewrite_backing(&bytes, &header, Some(&new(1000))), Err(FormatError::HeaderFull { .. })));
-    assert!(matches!(rewrite_backing(&bytes, &header, Some(&new(1024))), Err(FormatError::OutOfRange { .. })));
+    assert!(matches!(
+        rewrite_backing(&bytes, &header, Some(&new(1000))),
+        Err(FormatError::HeaderFull { .. })
+    ));
+    assert!(matches!(
+        rewrite_backing(&bytes, &header, Some(&new(1024))),
+        Err(FormatError::OutOfRange { .. })
+    ));
 }
 
 #[test]

@@ -1,0 +1,241 @@
+//! An image over its backing files, read as the guest would.
+
+use std::sync::Arc;
+
+use pleach_format::Mapping;
+use pleach_store::Store;
+
+use crate::{Image, ImageError};
+
+/// A raw file as a layer.
+#[derive(Debug)]
+pub struct RawImage {
+    store: Arc<dyn Store>,
+    size: u64,
+}
+
+impl RawImage {
+    /// The raw image in `store`; its size is the file's length, rounded up to 512 with zeros, as QEMU does.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn open(store: Arc<dyn Store>) -> Result<Self, ImageError> {
+        let len = store.len().map_err(ImageError::io("find the file's length"))?;
+        Ok(Self { store, size: len.next_multiple_of(512) })
+    }
+
+    /// The file.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// Size in bytes, a multiple of 512.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+/// One file of a chain.
+#[derive(Debug)]
+pub enum Layer {
+    /// A qcow2 image.
+    Qcow2(Image),
+    /// A raw file; only ever the last layer.
+    Raw(RawImage),
+}
+
+impl Layer {
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        match self {
+            Self::Qcow2(image) => image.size(),
+            Self::Raw(raw) => raw.size,
+        }
+    }
+
+    /// The file.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        match self {
+            Self::Qcow2(image) => image.store(),
+            Self::Raw(raw) => &raw.store,
+        }
+    }
+
+    /// The qcow2 image, if it is one.
+    pub fn image(&self) -> Option<&Image> {
+        match self {
+            Self::Qcow2(image) => Some(image),
+            Self::Raw(_) => None,
+        }
+    }
+}
+
+/// Where a stretch of guest bytes comes from.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum PieceKind {
+    /// Plain bytes in the file of layer number `layer`, from `host`.
+    Data {
+        /// Index into [`Chain::layers`].
+        layer: usize,
+        /// Byte offset in that layer's file.
+        host: u64,
+    },
+    /// A compressed cluster, or a part of one, of layer number `layer`.
+    Compressed {
+        /// Index into [`Chain::layers`].
+        layer: usize,
+    },
+    /// Zeros.
+    Zero,
+}
+
+/// A stretch of guest bytes from one place.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// First guest byte.
+    pub guest: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Where it comes from.
+    pub kind: PieceKind,
+}
+
+/// An image over its backing files, top first.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    layers: Vec<Arc<Layer>>,
+}
+
+impl Chain {
+    /// The chain of `layers`, top first. Each layer hides what lies below it, also behind its own end.
+    pub fn new(layers: Vec<Arc<Layer>>) -> Self {
+        Self { layers }
+    }
+
+    /// The layers, top first.
+    pub fn layers(&self) -> &[Arc<Layer>] {
+        &self.layers
+    }
+
+    /// Virtual size in bytes: the top layer's.
+    pub fn size(&self) -> u64 {
+        self.layers.first().map_or(0, |l| l.size())
+    }
+
+    /// Fills `buf` with the guest bytes from `offset`; past the virtual size there are zeros.
+    ///
+    /// # Errors
+    /// What the system says, or damage in the tables that are met.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        self.read_from(0, offset, buf)
+    }
+
+    fn read_from(&self, depth: usize, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        let Some(layer) = self.layers.get(depth) else {
+            buf.fill(0);
+            return Ok(());
+        };
+        let inside = layer.size().saturating_sub(offset).min(buf.len() as u64);
+        let (buf, behind) = buf.split_at_mut(usize::try_from(inside).unwrap_or(0));
+        behind.fill(0);
+        if buf.is_empty() {
+            return Ok(());
+        }
+        let image = match &**layer {
+            Layer::Raw(raw) => {
+                return raw.store.read_at(offset, buf).map_err(ImageError::io("read the raw file"));
+            }
+            Layer::Qcow2(image) => image,
+        };
+        let mut rest = buf;
+        image.pieces(offset, inside, &mut |guest, len, mapping| {
+            let (part, behind) = std::mem::take(&mut rest).split_at_mut(usize::try_from(len).unwrap_or(0));
+            rest = behind;
+            match mapping {
+                Mapping::Unallocated => self.read_from(depth + 1, guest, part),
+                Mapping::Zero | Mapping::ZeroAllocated(_) => {
+                    part.fill(0);
+                    Ok(())
+                }
+                Mapping::Data(host) => {
+                    image.store().read_at(host.0, part).map_err(ImageError::io("read guest data"))
+                }
+                Mapping::Compressed(extent) => {
+                    let g = image.geometry();
+                    let cluster = guest & !(g.cluster_size() - 1);
+                    if part.len() == g.cluster_bytes() {
+                        return image.read_compressed(cluster, extent, part);
+                    }
+                    let mut whole = vec![0; g.cluster_bytes()];
+                    image.read_compressed(cluster, extent, &mut whole)?;
+                    let from = usize::try_from(guest - cluster).unwrap_or(0);
+                    part.copy_from_slice(whole.get(from..from + part.len()).expect("inside one cluster"));
+                    Ok(())
+                }
+            }
+        })
+    }
+
+    /// Where the guest bytes `offset .. offset + len` come from, in order, all of them covered.
+    ///
+    /// # Errors
+    /// Damage in the tables that are met.
+    pub fn pieces(&self, offset: u64, len: u64) -> Result<Vec<Piece>, ImageError> {
+        let mut out = Vec::new();
+        self.pieces_from(0, offset, len, &mut out)?;
+        Ok(out)
+    }
+
+    fn pieces_from(
+        &self,
+        depth: usize,
+        offset: u64,
+        len: u64,
+        out: &mut Vec<Piece>,
+    ) -> Result<(), ImageError> {
+        let zero = |guest, len| Piece { guest, len, kind: PieceKind::Zero };
+        let Some(layer) = self.layers.get(depth) else {
+            push(out, zero(offset, len));
+            return Ok(());
+        };
+        let inside = layer.size().saturating_sub(offset).min(len);
+        match &**layer {
+            Layer::Raw(_) => {
+                let kind = PieceKind::Data { layer: depth, host: offset };
+                push(out, Piece { guest: offset, len: inside, kind });
+            }
+            Layer::Qcow2(image) => image.pieces(offset, inside, &mut |guest, len, mapping| {
+                let kind = match mapping {
+                    Mapping::Unallocated => return self.pieces_from(depth + 1, guest, len, out),
+                    Mapping::Zero | Mapping::ZeroAllocated(_) => PieceKind::Zero,
+                    Mapping::Data(host) => PieceKind::Data { layer: depth, host: host.0 },
+                    Mapping::Compressed(_) => PieceKind::Compressed { layer: depth },
+                };
+                push(out, Piece { guest, len, kind });
+                Ok(())
+            })?,
+        }
+        push(out, zero(offset + inside, len - inside));
+        Ok(())
+    }
+}
+
+fn push(out: &mut Vec<Piece>, piece: Piece) {
+    if piece.len == 0 {
+        return;
+    }
+    if let Some(last) = out.last_mut() {
+        let joins = match (last.kind, piece.kind) {
+            (PieceKind::Zero, PieceKind::Zero) => true,
+            (PieceKind::Data { layer: a, host: x }, PieceKind::Data { layer: b, host: y }) => {
+                a == b && x + last.len == y
+            }
+            _ => false,
+        };
+        if joins {
+            last.len += piece.len;
+            return;
+        }
+    }
+    out.push(piece);
+}

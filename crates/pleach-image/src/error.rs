@@ -1,0 +1,107 @@
+//! What can go wrong with an image.
+
+use std::io;
+
+use pleach_alloc::AllocError;
+use pleach_format::FormatError;
+
+/// An image that cannot be read or changed, and why. The caller knows the file's name and adds it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ImageError {
+    /// The system failed.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A structure breaks the format.
+    #[error("bad {structure}{}", at(.offset))]
+    Format {
+        /// Which structure.
+        structure: &'static str,
+        /// Where it is, if known.
+        offset: Option<u64>,
+        /// What is wrong with it.
+        source: FormatError,
+    },
+    /// A pointer leads out of the file.
+    #[error("{structure} at {offset:#x} (+{length}) lies outside the file, which has {file_length} bytes")]
+    Outside {
+        /// What the pointer leads to.
+        structure: &'static str,
+        /// Where.
+        offset: u64,
+        /// How long it would be.
+        length: u64,
+        /// Length of the file.
+        file_length: u64,
+    },
+    /// The image uses something that is not handled.
+    #[error("{feature} is not supported")]
+    Unsupported {
+        /// QEMU's name of the feature.
+        feature: &'static str,
+    },
+    /// A compressed cluster does not decompress to one cluster.
+    #[error("the compressed cluster for guest offset {guest:#x} at {offset:#x} is damaged")]
+    Compressed {
+        /// Guest offset of the cluster.
+        guest: u64,
+        /// Where its data start.
+        offset: u64,
+    },
+    /// The image says of itself that it needs repair before it may be written.
+    #[error("the image is marked {mark}; repair it first (qemu-img check -r all)")]
+    NeedsRepair {
+        /// `dirty` or `corrupt`.
+        mark: &'static str,
+    },
+    /// Something refers to a cluster more often than its refcount says.
+    #[error(
+        "the refcount of cluster {cluster} is {stored}, but {references} pointers lead there; repair the image first \
+         (qemu-img check -r all)"
+    )]
+    Refcount {
+        /// Host cluster index.
+        cluster: u64,
+        /// Count as stored.
+        stored: u64,
+        /// Pointers found.
+        references: u64,
+    },
+    /// The file is no longer what was looked at before.
+    #[error("the image was changed by somebody else meanwhile: {what}")]
+    Changed {
+        /// What differs.
+        what: &'static str,
+    },
+    /// Refcounts could not be read or changed.
+    #[error(transparent)]
+    Alloc(#[from] AllocError),
+}
+
+fn at(offset: &Option<u64>) -> String {
+    offset.map_or_else(String::new, |o| format!(" at {o:#x}"))
+}
+
+impl ImageError {
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+
+    pub(crate) fn format(structure: &'static str, offset: Option<u64>) -> impl FnOnce(FormatError) -> Self {
+        move |source| Self::Format { structure, offset, source }
+    }
+
+    /// The host offset that the error is about, where there is one.
+    pub fn offset(&self) -> Option<u64> {
+        match self {
+            Self::Format { offset, .. } => *offset,
+            Self::Outside { offset, .. } | Self::Compressed { offset, .. } => Some(*offset),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,472 @@
+//! One qcow2 file, opened.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use pleach_format::{
+    BitmapRecord, CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset,
+    Header, HostOffset, Incompatible, L1Entry, L2Entry, Mapping, RunList, SnapshotRecord,
+};
+use pleach_store::{Store, Window};
+use smallvec::SmallVec;
+
+use crate::{ImageError, codec};
+
+/// Enough for nearly every header with its extensions and names.
+const HEAD: usize = 4096;
+/// Bytes of L2 tables kept for random reads.
+const CACHE_BYTES: usize = 16 << 20;
+
+/// The start of a file and the header in it.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// The checked header.
+    pub header: Header,
+    /// The bytes it was read from: all that the header uses, and at least its first sector.
+    pub bytes: Vec<u8>,
+}
+
+/// Reads and checks the header of `store`.
+///
+/// # Errors
+/// What the system says, or what is wrong with the header.
+pub fn read_head(store: &dyn Store) -> Result<Head, ImageError> {
+    let file_length = store.len().map_err(ImageError::io("find the file's length"))?;
+    let mut len = HEAD;
+    loop {
+        // A header is not read beyond the file: what is missing must be an error, not zeros.
+        let have = usize::try_from(file_length).unwrap_or(usize::MAX).min(len);
+        let mut bytes = vec![0; have];
+        store.read_at(0, &mut bytes).map_err(ImageError::io("read the header"))?;
+        match Header::parse(&bytes) {
+            Ok(header) => {
+                bytes.resize(bytes.len().max(512), 0);
+                return Ok(Head { header, bytes });
+            }
+            // Extensions and names end inside the first cluster, at most 2 MiB.
+            Err(FormatError::Truncated { needed, .. }) if needed > have as u64 && have == len => {
+                len = usize::try_from(needed).unwrap_or(usize::MAX).next_multiple_of(HEAD);
+            }
+            Err(source) => return Err(ImageError::Format { structure: "header", offset: None, source }),
+        }
+    }
+}
+
+/// An open qcow2 image: header, active L1 table, and L2 tables as they are asked for.
+///
+/// Reads are `&self` and may run in parallel. The image is not told of changes made to its file, nor of a file that got
+/// longer: open it again.
+#[derive(Debug)]
+pub struct Image {
+    store: Arc<dyn Store>,
+    head: Head,
+    l1: Vec<L1Entry>,
+    file_len: u64,
+    window: OnceLock<Window>,
+    cache: Mutex<HashMap<u64, Arc<[u8]>>>,
+}
+
+impl Image {
+    /// Opens the image in `store` with its active L1 table.
+    ///
+    /// # Errors
+    /// What is wrong with the header, or an L1 table outside the file.
+    pub fn open(store: Arc<dyn Store>) -> Result<Self, ImageError> {
+        let head = read_head(&*store)?;
+        let header = &head.header;
+        let l1 = read_l1(&*store, header.geometry(), header.l1_table_offset(), header.l1_size())?;
+        let file_len = store.len().map_err(ImageError::io("find the file's length"))?;
+        Ok(Self { store, head, l1, file_len, window: OnceLock::new(), cache: Mutex::default() })
+    }
+
+    /// The file.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The header.
+    pub fn header(&self) -> &Header {
+        &self.head.header
+    }
+
+    /// The header and the bytes it was read from.
+    pub fn head(&self) -> &Head {
+        &self.head
+    }
+
+    /// Cluster size and L2 entry width.
+    pub fn geometry(&self) -> Geometry {
+        self.head.header.geometry()
+    }
+
+    /// Length of the file in bytes when it was opened.
+    pub fn file_len(&self) -> u64 {
+        self.file_len
+    }
+
+    /// Virtual size in bytes.
+    pub fn size(&self) -> u64 {
+        self.head.header.size()
+    }
+
+    /// The active L1 table.
+    pub fn l1(&self) -> &[L1Entry] {
+        &self.l1
+    }
+
+    /// Refuses what keeps guest data from being read.
+    ///
+    /// # Errors
+    /// [`ImageError::Unsupported`] for external data files and encryption.
+    pub fn check_readable(&self) -> Result<(), ImageError> {
+        if self.header().incompatible().has(Incompatible::DATA_FILE) {
+            return Err(ImageError::Unsupported { feature: "an external data file" });
+        }
+        match self.header().encryption() {
+            None => Ok(()),
+            Some(pleach_format::Encryption::Aes) => {
+                Err(ImageError::Unsupported { feature: "AES encryption" })
+            }
+            Some(pleach_format::Encryption::Luks) => {
+                Err(ImageError::Unsupported { feature: "LUKS encryption" })
+            }
+        }
+    }
+
+    /// Refuses what keeps the image from being written.
+    ///
+    /// # Errors
+    /// As [`check_readable`](Self::check_readable); extended L2 entries; an image that is marked dirty or corrupt.
+    pub fn check_writable(&self) -> Result<(), ImageError> {
+        self.check_readable()?;
+        let incompatible = self.header().incompatible();
+        for (bit, mark) in [(Incompatible::DIRTY, "dirty"), (Incompatible::CORRUPT, "corrupt")] {
+            if incompatible.has(bit) {
+                return Err(ImageError::NeedsRepair { mark });
+            }
+        }
+        if incompatible.has(Incompatible::EXTENDED_L2) {
+            return Err(ImageError::Unsupported { feature: "writing to an image with extended L2 entries" });
+        }
+        Ok(())
+    }
+
+    /// The L2 table that `entry` leads to, as stored; `None` if there is none.
+    ///
+    /// # Errors
+    /// An entry that breaks the format, or a table outside the file.
+    pub fn l2_table(&self, entry: L1Entry) -> Result<Option<Vec<u8>>, ImageError> {
+        let g = self.geometry();
+        let Some(offset) = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))? else {
+            return Ok(None);
+        };
+        let window = self.window()?;
+        check_inside("L2 table", offset.0, g.cluster_size(), window.len(), g)?;
+        let mut table = vec![0; g.cluster_bytes()];
+        window.read_at(offset.0, &mut table);
+        Ok(Some(table))
+    }
+
+    /// What the active state says about the guest bytes that L1 entry number `index` answers for.
+    ///
+    /// # Errors
+    /// As [`l2_table`](Self::l2_table); L2 entries that break the format or lead out of the file.
+    pub fn runs(&self, index: usize) -> Result<RunList, ImageError> {
+        let mut runs = RunList::new();
+        let Some(table) = self.l1.get(index).map_or(Ok(None), |&entry| self.l2_table(entry))? else {
+            return Ok(runs);
+        };
+        let (g, size) = (self.geometry(), self.size());
+        let base = index as u64 * g.l1_span();
+        self.for_each_entry(&table, |slot, entry| {
+            let guest = base + slot as u64 * g.cluster_size();
+            if guest < size {
+                self.visit(entry, guest, &mut |guest, len, mapping| {
+                    let len = len.min(size.saturating_sub(guest));
+                    runs.push(GuestOffset(guest), len, mapping);
+                })?;
+            }
+            Ok(())
+        })?;
+        Ok(runs)
+    }
+
+    /// Calls `each` with every mapping of an L2 table: the index of its entry, and the entry. Empty standard entries
+    /// are skipped.
+    pub(crate) fn for_each_entry(
+        &self,
+        table: &[u8],
+        mut each: impl FnMut(usize, ExtendedL2Entry) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
+        let (words, _) = table.as_chunks::<8>();
+        let step = self.geometry().l2_entry_bytes() / 8;
+        for (slot, words) in words.chunks(step).enumerate() {
+            let word = |i: usize| words.get(i).map_or(0, |w| u64::from_be_bytes(*w));
+            let entry = ExtendedL2Entry { descriptor: L2Entry(word(0)), subclusters: word(1) };
+            if entry != ExtendedL2Entry::default() {
+                each(slot, entry)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with the stretches of the cluster at `guest` and what `entry` says about them.
+    fn visit(
+        &self,
+        entry: ExtendedL2Entry,
+        guest: u64,
+        each: &mut dyn FnMut(u64, u64, Mapping),
+    ) -> Result<(), ImageError> {
+        let g = self.geometry();
+        let bad = ImageError::format("L2 entry", None);
+        if g.extended_l2() {
+            for run in entry.decode(g).map_err(bad)? {
+                let len = u64::from(run.count) * g.subcluster_size();
+                let len = if matches!(run.mapping, Mapping::Compressed(_)) { g.cluster_size() } else { len };
+                self.check_mapping(run.mapping, guest)?;
+                each(guest + u64::from(run.first) * g.subcluster_size(), len, run.mapping);
+            }
+        } else {
+            let mapping = entry.descriptor.decode(g, self.header().version()).map_err(bad)?;
+            self.check_mapping(mapping, guest)?;
+            each(guest, g.cluster_size(), mapping);
+        }
+        Ok(())
+    }
+
+    fn check_mapping(&self, mapping: Mapping, guest: u64) -> Result<(), ImageError> {
+        let g = self.geometry();
+        match mapping {
+            Mapping::Data(offset) | Mapping::ZeroAllocated(offset) => {
+                let start = offset.0 & !(g.cluster_size() - 1);
+                check_inside("data cluster", start, g.cluster_size(), self.file_len, g)
+            }
+            Mapping::Compressed(extent) if extent.offset.0 >= self.file_len => {
+                Err(ImageError::Compressed { guest, offset: extent.offset.0 })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Calls `each` with the stretches of `len` guest bytes from `offset`, in order, all of them covered, neighbours
+    /// of one kind joined where the file is contiguous. Both lie inside the virtual size.
+    ///
+    /// # Errors
+    /// As [`runs`](Self::runs), and what `each` says.
+    pub(crate) fn pieces(
+        &self,
+        offset: u64,
+        len: u64,
+        each: &mut dyn FnMut(u64, u64, Mapping) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
+        let g = self.geometry();
+        let mut open: Option<(u64, u64, Mapping)> = None;
+        let (mut at, end) = (offset, offset + len);
+        while at < end {
+            let table = self.cached_table(at / g.l1_span())?;
+            let span_end = (at / g.l1_span() + 1) * g.l1_span();
+            let Some(table) = table else {
+                let stop = span_end.min(end);
+                flush(&mut open, (at, stop - at, Mapping::Unallocated), each)?;
+                at = stop;
+                continue;
+            };
+            while at < span_end.min(end) {
+                let cluster = at & !(g.cluster_size() - 1);
+                let entry = entry_at(&table, g, g.l2_index(g.guest_cluster(GuestOffset(cluster))));
+                let mut found: SmallVec<[(u64, u64, Mapping); 4]> = SmallVec::new();
+                self.visit(entry, cluster, &mut |start, n, mapping| found.push((start, n, mapping)))?;
+                for (start, n, mapping) in found {
+                    let (from, to) = (start.max(at), (start + n).min(end));
+                    if from < to {
+                        flush(&mut open, (from, to - from, shift(mapping, from - start)), each)?;
+                    }
+                }
+                at = (cluster + g.cluster_size()).min(end);
+            }
+        }
+        match open {
+            Some((start, n, mapping)) => each(start, n, mapping),
+            None => Ok(()),
+        }
+    }
+
+    /// Reads and decompresses the cluster that starts at `guest`.
+    pub(crate) fn read_compressed(
+        &self,
+        guest: u64,
+        extent: CompressedExtent,
+        out: &mut [u8],
+    ) -> Result<(), ImageError> {
+        if self.header().compression() == CompressionType::Zstd {
+            return Err(ImageError::Unsupported { feature: "zstd compression" });
+        }
+        let mut packed = vec![0; usize::try_from(extent.bytes).unwrap_or(0)];
+        self.store
+            .read_at(extent.offset.0, &mut packed)
+            .map_err(ImageError::io("read a compressed cluster"))?;
+        if codec::inflate(&packed, out) {
+            Ok(())
+        } else {
+            Err(ImageError::Compressed { guest, offset: extent.offset.0 })
+        }
+    }
+
+    /// Bytes of a compressed extent that clusters are counted for: what it claims behind the end of the file takes no
+    /// cluster there.
+    pub(crate) fn counted_bytes(&self, extent: CompressedExtent) -> u64 {
+        let end = self.file_len.next_multiple_of(self.geometry().cluster_size());
+        extent.bytes.min(end.saturating_sub(extent.offset.0))
+    }
+
+    fn cached_table(&self, index: u64) -> Result<Option<Arc<[u8]>>, ImageError> {
+        let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = lock().get(&index) {
+            return Ok(Some(Arc::clone(table)));
+        }
+        let g = self.geometry();
+        let entry = usize::try_from(index).ok().and_then(|i| self.l1.get(i)).copied().unwrap_or_default();
+        let Some(offset) = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))? else {
+            return Ok(None);
+        };
+        // By `pread`: random reads touch few tables, and pages of a map would count as this process's memory.
+        check_inside("L2 table", offset.0, g.cluster_size(), self.file_len, g)?;
+        let mut table = vec![0; g.cluster_bytes()];
+        self.store.read_at(offset.0, &mut table).map_err(ImageError::io("read an L2 table"))?;
+        let table: Arc<[u8]> = table.into();
+        let mut cache = lock();
+        if cache.len() >= (CACHE_BYTES / self.geometry().cluster_bytes()).max(8) {
+            cache.clear();
+        }
+        cache.insert(index, Arc::clone(&table));
+        Ok(Some(table))
+    }
+
+    /// The file's metadata window, opened when first asked for.
+    pub(crate) fn window(&self) -> Result<&Window, ImageError> {
+        if let Some(window) = self.window.get() {
+            return Ok(window);
+        }
+        let window = self.store.window().map_err(ImageError::io("map the file"))?;
+        Ok(self.window.get_or_init(|| window))
+    }
+
+    /// The internal snapshots, in table order.
+    ///
+    /// # Errors
+    /// A table that breaks the format or lies outside the file.
+    pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, ImageError> {
+        read_snapshots(&*self.store, self.header())
+    }
+
+    /// The persistent bitmaps; none if the extension is not consistent (autoclear bit 0).
+    ///
+    /// # Errors
+    /// A directory that breaks the format or lies outside the file.
+    pub fn bitmaps(&self) -> Result<Vec<BitmapRecord>, ImageError> {
+        let bad = |source| ImageError::Format { structure: "bitmaps extension", offset: None, source };
+        let Some(extension) = self.header().bitmaps().map_err(bad)? else { return Ok(Vec::new()) };
+        let len = self.store.len().map_err(ImageError::io("find the file's length"))?;
+        let (offset, bytes) = (extension.directory_offset, extension.directory_size);
+        check_inside("bitmap directory", offset, bytes, len, self.geometry())?;
+        let mut directory = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        self.store.read_at(offset, &mut directory).map_err(ImageError::io("read the bitmap directory"))?;
+        BitmapRecord::parse_directory(&directory, extension.count)
+            .map_err(ImageError::format("bitmap directory", Some(offset)))
+    }
+}
+
+/// Reads the internal snapshots of an image whose header is known.
+pub(crate) fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
+    let (count, offset) = (header.nb_snapshots(), header.snapshots_offset().0);
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let file = store.len().map_err(ImageError::io("find the file's length"))?;
+    check_inside("snapshot table", offset, 40 * u64::from(count), file, header.geometry())?;
+    // The table's length is not stored: read up to what it may be, within the file.
+    let most = (file - offset.min(file)).min(SnapshotRecord::MAX_TABLE);
+    let mut len = (256 * u64::from(count)).clamp(4096, most.max(4096)).min(most);
+    loop {
+        let mut table = vec![0; usize::try_from(len).unwrap_or(0)];
+        store.read_at(offset, &mut table).map_err(ImageError::io("read the snapshot table"))?;
+        match SnapshotRecord::parse_table(&table, count) {
+            Err(FormatError::Truncated { needed, .. }) if len < most => len = needed.max(2 * len).min(most),
+            other => return other.map_err(ImageError::format("snapshot table", Some(offset))),
+        }
+    }
+}
+
+/// Reads an L1 table: the active one or a snapshot's.
+pub(crate) fn read_l1(
+    store: &dyn Store,
+    geometry: Geometry,
+    offset: HostOffset,
+    entries: u32,
+) -> Result<Vec<L1Entry>, ImageError> {
+    if entries == 0 {
+        return Ok(Vec::new());
+    }
+    let (bytes, file) =
+        (u64::from(entries) * 8, store.len().map_err(ImageError::io("find the file's length"))?);
+    check_inside("L1 table", offset.0, bytes, file, geometry)?;
+    let mut table = vec![0; usize::try_from(bytes).unwrap_or(0)];
+    store.read_at(offset.0, &mut table).map_err(ImageError::io("read the L1 table"))?;
+    Ok(table.as_chunks::<8>().0.iter().map(|e| L1Entry(u64::from_be_bytes(*e))).collect())
+}
+
+/// A structure may end in the file's last, partial cluster, but not behind it.
+pub(crate) fn check_inside(
+    structure: &'static str,
+    offset: u64,
+    length: u64,
+    file_length: u64,
+    geometry: Geometry,
+) -> Result<(), ImageError> {
+    let end = file_length.next_multiple_of(geometry.cluster_size());
+    match offset.checked_add(length) {
+        Some(e) if e <= end && offset < file_length.max(1) => Ok(()),
+        _ => Err(ImageError::Outside { structure, offset, length, file_length }),
+    }
+}
+
+fn entry_at(table: &[u8], geometry: Geometry, index: usize) -> ExtendedL2Entry {
+    let (words, _) = table.as_chunks::<8>();
+    let step = geometry.l2_entry_bytes() / 8;
+    let word = |i: usize| words.get(i).map_or(0, |w| u64::from_be_bytes(*w));
+    let second = if step == 2 { word(index * 2 + 1) } else { 0 };
+    ExtendedL2Entry { descriptor: L2Entry(word(index * step)), subclusters: second }
+}
+
+/// The mapping of the bytes `by` further on.
+fn shift(mapping: Mapping, by: u64) -> Mapping {
+    match mapping {
+        Mapping::Data(offset) => Mapping::Data(HostOffset(offset.0 + by)),
+        Mapping::ZeroAllocated(offset) => Mapping::ZeroAllocated(HostOffset(offset.0 + by)),
+        other => other,
+    }
+}
+
+/// Joins `next` to the open stretch, or hands that on and opens a new one.
+fn flush(
+    open: &mut Option<(u64, u64, Mapping)>,
+    next: (u64, u64, Mapping),
+    each: &mut dyn FnMut(u64, u64, Mapping) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    if let Some((_, len, mapping)) = open {
+        let joins = match (*mapping, next.2) {
+            (Mapping::Data(a), Mapping::Data(b)) => a.0 + *len == b.0,
+            (Mapping::Unallocated, Mapping::Unallocated) => true,
+            (Mapping::Zero | Mapping::ZeroAllocated(_), Mapping::Zero | Mapping::ZeroAllocated(_)) => true,
+            _ => false,
+        };
+        if joins {
+            *len += next.1;
+            return Ok(());
+        }
+    }
+    match open.replace(next) {
+        Some((start, len, mapping)) => each(start, len, mapping),
+        None => Ok(()),
+    }
+}

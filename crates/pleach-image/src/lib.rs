@@ -1,0 +1,44 @@
+//! One qcow2 image, or a chain of them, opened: guest bytes out, and the one writer of root pointers.
+//!
+//! An [`Image`] is one qcow2 file with its tables checked as they are met; a [`Chain`] is an image over its backing
+//! files, read as the guest would read it. [`publish`] carries out a prepared change in the order that keeps every
+//! instant readable. What is not supported is refused by name ([`ImageError::Unsupported`]), never read wrongly.
+//!
+//! ```
+//! use std::sync::Arc;
+//! use pleach_image::{Chain, CreateOptions, Image, Layer, create};
+//! use pleach_store::{Access, Disk, RealDisk};
+//!
+//! let dir = tempfile::tempdir()?;
+//! let path = dir.path().join("disk.qcow2");
+//! create(&RealDisk, &path, &CreateOptions { size: 1 << 20, ..CreateOptions::default() })?;
+//!
+//! let image = Image::open(RealDisk.open(&path, Access::Read)?)?;
+//! let chain = Chain::new(vec![Arc::new(Layer::Qcow2(image))]);
+//! let mut sector = [1; 512];
+//! chain.read_at(4096, &mut sector)?;
+//! assert_eq!(sector, [0; 512]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Not for: deciding what to copy where (that is `pleach-plan`), nor for threads (`pleach-engine`).
+#![forbid(unsafe_code)]
+
+mod census;
+mod chain;
+mod codec;
+mod create;
+mod error;
+mod image;
+mod names;
+mod publish;
+mod tables;
+
+pub use census::{census, leaked};
+pub use chain::{Chain, Layer, Piece, PieceKind, RawImage};
+pub use create::{CreateOptions, create};
+pub use error::ImageError;
+pub use image::{Head, Image, read_head};
+pub use names::{NameError, backing_path, escape};
+pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing};
+pub use tables::TableEditor;
