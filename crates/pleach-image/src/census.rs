@@ -111,6 +111,35 @@ fn walk(
     Ok(())
 }
 
+impl Image {
+    /// The host clusters of each internal snapshot's data, VM state included: sorted, each once.
+    ///
+    /// # Errors
+    /// As [`census`].
+    pub fn snapshot_clusters(&self) -> Result<Vec<Vec<u64>>, ImageError> {
+        let g = self.geometry();
+        let place = Place::of(self.header());
+        let mut tables = HashMap::new();
+        let mut states = Vec::new();
+        for snapshot in self.snapshots()? {
+            let l1 = read_l1(&**self.store(), g, HostOffset(snapshot.l1_table_offset), snapshot.l1_size)?;
+            walk(self, &l1, &place, &mut Census::new(), &mut tables)?;
+            let mut clusters = Vec::new();
+            for entry in l1 {
+                let table = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
+                for &(at, len) in table.and_then(|t| tables.get(&t.0)).into_iter().flatten() {
+                    let end = at.saturating_add(len.max(1)) - 1;
+                    clusters.extend(g.host_cluster(HostOffset(at)).0..=g.host_cluster(HostOffset(end)).0);
+                }
+            }
+            clusters.sort_unstable();
+            clusters.dedup();
+            states.push(clusters);
+        }
+        Ok(states)
+    }
+}
+
 fn add_bitmaps(image: &Image, place: &Place, census: &mut Census) -> Result<(), ImageError> {
     let g = image.geometry();
     let header = image.header();

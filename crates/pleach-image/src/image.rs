@@ -351,10 +351,18 @@ impl Image {
         Ok(self.window.get_or_init(|| window))
     }
 
-    /// The internal snapshots, in table order.
+    /// The internal snapshots of an image whose header is known, in table order.
     ///
     /// # Errors
     /// A table that breaks the format or lies outside the file.
+    pub fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
+        read_snapshots(store, header)
+    }
+
+    /// The internal snapshots, in table order.
+    ///
+    /// # Errors
+    /// As [`read_snapshots`](Self::read_snapshots).
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, ImageError> {
         read_snapshots(&*self.store, self.header())
     }
@@ -377,7 +385,7 @@ impl Image {
 }
 
 /// Reads the internal snapshots of an image whose header is known.
-pub(crate) fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
+fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
     let (count, offset) = (header.nb_snapshots(), header.snapshots_offset().0);
     if count == 0 {
         return Ok(Vec::new());

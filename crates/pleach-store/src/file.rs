@@ -114,7 +114,8 @@ impl Store for FileStore {
     fn clones_at(&self) -> Option<u64> {
         let info = fstatfs(self.file.as_fd()).ok()?;
         let kind = info.filesystem_type();
-        (kind == XFS_SUPER_MAGIC || kind == BTRFS_SUPER_MAGIC).then(|| u64::try_from(info.block_size()).ok())?
+        (kind == XFS_SUPER_MAGIC || kind == BTRFS_SUPER_MAGIC)
+            .then(|| u64::try_from(info.block_size()).ok())?
     }
 
     fn barrier(&self) -> io::Result<()> {

@@ -1,5 +1,6 @@
 //! Changing the backing file name so that a crash leaves the old name or the new one.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use super::{BackingFile, Extension, ExtensionKind, Header, root};
@@ -13,7 +14,7 @@ pub enum BackingChange {
         /// Where the new name goes, if it does not fit the first sector.
         prepare: Option<(HostOffset, Vec<u8>)>,
         /// The header's new first 512 bytes.
-        sector: [u8; 512],
+        sector: Box<[u8; 512]>,
     },
     /// No order of writes is safe on its own: old and new overlap outside the first sector. The bytes are the new
     /// start of the file; they must be recorded elsewhere before they are written.
@@ -56,12 +57,12 @@ pub fn rewrite_backing(
         // Everything that counts is in the first sector; what lies behind is not looked at.
         sector.fill(0);
         sector.get_mut(..relaid.len()).expect("checked").copy_from_slice(&relaid);
-        return Ok(BackingChange::Atomic { prepare: None, sector });
+        return Ok(BackingChange::Atomic { prepare: None, sector: Box::new(sector) });
     }
-    if new.is_none() {
+    if new.is_none() && header.has_end_marker() {
         // The format's name may stay behind: without a backing file nobody asks for it.
         root::set_backing(&mut sector, 0, 0);
-        return Ok(BackingChange::Atomic { prepare: None, sector });
+        return Ok(BackingChange::Atomic { prepare: None, sector: Box::new(sector) });
     }
     let mut whole = relaid;
     whole.resize(whole.len().max(old.len()), 0);
@@ -86,7 +87,7 @@ fn in_place(sector: &[u8; SECTOR], header: &Header, new: Option<&BackingFile>) -
     }
     let (cluster, len) = (header.geometry().cluster_bytes(), new.name.len());
     let gap = header.extensions_end();
-    let old_name = header.backing_name_range();
+    let old_name = if header.backing().is_some() { header.backing_name_range() } else { gap..gap };
     let behind = old_name.end.next_multiple_of(8);
     let (at, prepare) = if gap + len <= SECTOR {
         sector.get_mut(gap..)?.fill(0);
@@ -94,7 +95,11 @@ fn in_place(sector: &[u8; SECTOR], header: &Header, new: Option<&BackingFile>) -
         (gap, None)
     } else if gap + len <= old_name.start {
         (gap, Some(gap))
-    } else if behind + len <= cluster {
+    } else if behind + len <= cluster && (header.has_end_marker() || gap + 8 <= SECTOR) {
+        if !header.has_end_marker() {
+            // The name was what ended the extensions; now the new one is further on.
+            sector.get_mut(gap..gap + 8)?.fill(0);
+        }
         (behind, Some(behind))
     } else {
         return None;
@@ -107,7 +112,7 @@ fn in_place(sector: &[u8; SECTOR], header: &Header, new: Option<&BackingFile>) -
     }
     root::set_backing(&mut sector, at as u64, u32::try_from(len).ok()?);
     let prepare = prepare.map(|at| (HostOffset(at as u64), new.name.clone()));
-    Some(BackingChange::Atomic { prepare, sector })
+    Some(BackingChange::Atomic { prepare, sector: Box::new(sector) })
 }
 
 /// The header area built anew: fixed header verbatim, the extensions in their order with the format replaced, the end

@@ -372,6 +372,12 @@ impl Header {
         self.extensions_end
     }
 
+    /// Whether the extensions end with a marker; else the area's end ends them.
+    pub fn has_end_marker(&self) -> bool {
+        let last = self.extensions.last().map_or(self.header_length, |e| e.at + e.stored_bytes());
+        last + 8 <= self.extensions_end
+    }
+
     /// The backing file, if the header names one.
     pub fn backing(&self) -> Option<&BackingFile> {
         self.backing.as_ref()

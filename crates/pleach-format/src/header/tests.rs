@@ -84,7 +84,7 @@ fn apply(bytes: &[u8], header: &Header, new: Option<&BackingFile>) -> (Header, b
                 let between = Header::parse(&after).unwrap();
                 assert_eq!(between.backing(), header.backing());
             }
-            put(&mut after, 0, &sector);
+            put(&mut after, 0, &sector[..]);
             true
         }
         BackingChange::Whole { bytes } => {
@@ -162,7 +162,33 @@ fn a_second_change_uses_the_room_that_the_first_left() {
         if let Some((at, name)) = prepare {
             put(&mut bytes, usize::try_from(at.0).unwrap(), &name);
         }
-        put(&mut bytes, 0, &sector);
+        put(&mut bytes, 0, &sector[..]);
         assert_eq!(Header::parse(&bytes).unwrap().backing(), Some(&new));
     }
+}
+
+/// Found by fuzzing: a format without a backing file, with a name that does not fit the first sector, was prepared over
+/// the header; and headers whose extensions are ended by the old name, not by a marker, became unreadable.
+#[test]
+fn odd_headers_found_by_fuzzing() {
+    let name = "n".repeat(450);
+    let new = BackingFile { name: name.clone().into(), format: Some(b"raw".to_vec()) };
+
+    let mut left_behind = valid(Version::V3, 16, Some(("old", "qcow2")));
+    left_behind.resize(65536, 0);
+    put(&mut left_behind, 8, &[0; 12]);
+    let header = Header::parse(&left_behind).unwrap();
+    assert!(header.backing().is_none() && header.extension(ExtensionKind::BackingFormat).is_some());
+    assert_eq!(apply(&left_behind, &header, Some(&new)).0.backing(), Some(&new));
+
+    let mut unmarked = valid(Version::V3, 12, Some((&"o".repeat(450), "qcow2")));
+    unmarked.resize(4096, 0);
+    // The name where the end marker was: 8 bytes earlier.
+    let at = Header::parse(&unmarked).unwrap().backing_name_range().start;
+    put(&mut unmarked, at - 8, b"oooooooo");
+    put(&mut unmarked, 8, &(at as u64 - 8).to_be_bytes());
+    let header = Header::parse(&unmarked).unwrap();
+    assert!(!header.has_end_marker());
+    assert_eq!(apply(&unmarked, &header, Some(&new)).0.backing(), Some(&new));
+    assert!(apply(&unmarked, &header, None).0.backing().is_none());
 }

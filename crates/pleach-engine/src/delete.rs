@@ -1,0 +1,717 @@
+//! Planning a deletion: which files go, which are merged in which direction, and what everything is called afterwards.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use pleach_format::{BackingFile, RunKind, RunList, Version};
+use pleach_image::{Chain, Image, escape, leaked};
+use pleach_lineage::{DeleteMode, Reach};
+use pleach_plan::{Content, Cover, Need, Say, Summary, Target, candidates, commit, pull, settle};
+use pleach_store::{Disk, FileId, Role};
+
+use crate::family::{Family, State};
+use crate::journal::directory_of;
+use crate::names::{absolute, express, renamed};
+use crate::open::OpenFiles;
+use crate::scan::{content_of, layer_runs, zero_clusters};
+use crate::survey::{Backing, FileFormat, Survey, SurveyFile, broken};
+use crate::{Error, ErrorKind, Result};
+
+/// Which file name survives when two files become one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Keep {
+    /// The child's: nobody who uses the child has to be told.
+    #[default]
+    Child,
+    /// The parent's, taken over by its only child, or by the named one.
+    Parent(Option<String>),
+    /// Whichever file the data are copied into.
+    Auto,
+}
+
+/// What should be deleted, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeleteRequest {
+    /// The node.
+    pub name: String,
+    /// Only the node, or its descendants.
+    pub mode: DeleteMode,
+    /// Which name survives.
+    pub keep: Keep,
+    /// Deleting a root with all its descendants is meant.
+    pub whole_tree: bool,
+}
+
+/// Where the data of a merge go.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Into the overlay: what it lacks of its backing file.
+    Pull,
+    /// Into the backing file: what the overlay has.
+    Commit,
+}
+
+/// What is written into the target of a merge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Clusters of a qcow2 image.
+    Clusters {
+        /// The target as it will be.
+        shape: Target,
+        /// What changes in it.
+        needs: Vec<Need>,
+    },
+    /// Ranges of a raw file, which gets `size` bytes.
+    Raw {
+        /// Size afterwards.
+        size: u64,
+        /// Guest ranges, and what is in them.
+        pieces: Vec<(Range<u64>, Say)>,
+    },
+}
+
+/// Two neighbouring files become one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Merge {
+    /// The file that is written, by index into the survey.
+    pub target: usize,
+    /// The file whose content the result has.
+    pub reader: usize,
+    /// Where the data go.
+    pub direction: Direction,
+    /// What is written.
+    pub work: Work,
+    /// For a pull: the target's backing file afterwards.
+    pub backing: Option<BackingFile>,
+    /// Guest bytes written as data.
+    pub bytes_written: u64,
+    /// Of these, bytes that the file system can share instead of writing.
+    pub bytes_cloned: u64,
+}
+
+/// A header that names another backing file afterwards; the content stays.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rebase {
+    /// The file, by index into the survey.
+    pub file: usize,
+    /// Its backing file afterwards.
+    pub backing: Option<BackingFile>,
+}
+
+/// What happens to names once the data are in place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Naming {
+    /// The victim's file goes.
+    Unlink,
+    /// The victim's file, holding the merged data, takes the reader's name.
+    TakeReadersName {
+        /// The reader, by index into the survey.
+        reader: usize,
+    },
+    /// The reader's file, holding the merged data, takes the victim's name.
+    TakeVictimsName {
+        /// The reader.
+        reader: usize,
+        /// Who reads the reader, and must name it anew.
+        followers: Vec<Rebase>,
+    },
+    /// The victim's file, holding the merged data, keeps its name; the reader's file goes.
+    KeepVictimsName {
+        /// The reader.
+        reader: usize,
+        /// Who reads the reader, and must name it anew.
+        followers: Vec<Rebase>,
+    },
+}
+
+/// Everything that a deletion will do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeletePlan {
+    /// The node.
+    pub node: String,
+    /// Files that go without any copying, leaves first; indexes into the survey.
+    pub removes: Vec<usize>,
+    /// The merge of a single node: its file, and what is done.
+    pub single: Option<(usize, Vec<Merge>, Naming)>,
+    /// Nodes that stay and get another parent, and that parent.
+    pub reparented: Vec<(String, Option<String>)>,
+    /// Bytes on disk of the files that go.
+    pub bytes_freed: u64,
+}
+
+impl DeletePlan {
+    /// Guest bytes that are written, in all merges.
+    pub fn bytes_written(&self) -> u64 {
+        self.merges().iter().map(|m| m.bytes_written).sum()
+    }
+
+    /// Of these, bytes that the file system can share.
+    pub fn bytes_cloned(&self) -> u64 {
+        self.merges().iter().map(|m| m.bytes_cloned).sum()
+    }
+
+    /// The merges, in the order in which they are carried out.
+    pub fn merges(&self) -> &[Merge] {
+        self.single.as_ref().map_or(&[], |(_, merges, _)| merges)
+    }
+
+    /// Names that change hands: from, to.
+    pub fn renames<'a>(&self, survey: &'a Survey) -> Vec<(&'a Path, &'a Path)> {
+        let Some((victim, _, naming)) = &self.single else { return Vec::new() };
+        let path = |i: &usize| survey.files.get(*i).map(|f| f.path.as_path());
+        let pair = match naming {
+            Naming::TakeReadersName { reader } => (path(victim), path(reader)),
+            Naming::TakeVictimsName { reader, .. } => (path(reader), path(victim)),
+            _ => return Vec::new(),
+        };
+        pair.0.zip(pair.1).into_iter().collect()
+    }
+
+    /// The file of a single deletion whose space is given back: the one that does not hold the merged data.
+    fn loses_space<'a>(&self, survey: &'a Survey) -> Option<&'a SurveyFile> {
+        let (victim, _, naming) = self.single.as_ref()?;
+        let index = match naming {
+            Naming::Unlink | Naming::TakeVictimsName { .. } => victim,
+            Naming::TakeReadersName { reader } | Naming::KeepVictimsName { reader, .. } => reader,
+        };
+        survey.files.get(*index)
+    }
+
+    /// Names that are removed; those that change hands are in [`renames`](Self::renames).
+    pub fn unlinks<'a>(&self, survey: &'a Survey) -> Vec<&'a Path> {
+        let path = |i: &usize| survey.files.get(*i).map(|f| f.path.as_path());
+        let mut gone: Vec<&Path> = self.removes.iter().filter_map(path).collect();
+        if let Some((victim, _, naming)) = &self.single {
+            gone.extend(match naming {
+                Naming::Unlink => path(victim),
+                Naming::KeepVictimsName { reader, .. } => path(reader),
+                Naming::TakeReadersName { .. } | Naming::TakeVictimsName { .. } => None,
+            });
+        }
+        gone
+    }
+
+    /// Headers that name another backing file afterwards.
+    pub fn rebases(&self) -> Vec<Rebase> {
+        let Some((_, merges, naming)) = &self.single else { return Vec::new() };
+        let pulls = merges.iter().filter(|m| m.direction == Direction::Pull);
+        let mut all: Vec<Rebase> =
+            pulls.map(|m| Rebase { file: m.target, backing: m.backing.clone() }).collect();
+        if let Naming::TakeVictimsName { followers, .. } | Naming::KeepVictimsName { followers, .. } = naming
+        {
+            all.extend(followers.clone());
+        }
+        all
+    }
+}
+
+/// What an interrupted deletion had decided already.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Decided {
+    /// The reader that is merged by copying into the victim's file.
+    pub(crate) committed: Option<FileId>,
+    /// The reader that takes the victim's name.
+    pub(crate) renamed: Option<FileId>,
+    /// Files that may name the victim's file because they were told so already.
+    pub(crate) followers: BTreeSet<FileId>,
+    /// Nothing is left to choose.
+    pub(crate) fixed: bool,
+}
+
+/// A plan, and the open and locked files that it was made from.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The plan.
+    pub plan: DeletePlan,
+    /// The files.
+    pub open: OpenFiles,
+}
+
+/// Plans a deletion. With `change` the files are locked for changing, else only for reading.
+///
+/// # Errors
+/// What keeps the deletion from being right, each by its name: see [`ErrorKind`].
+pub fn prepare(
+    disk: &dyn Disk,
+    survey: &Survey,
+    family: &Family,
+    request: &DeleteRequest,
+    change: bool,
+) -> Result<Prepared> {
+    let node = family.resolve(survey, &request.name)?;
+    let name = family.lineage.get(node).map(|n| n.name.clone()).unwrap_or_default();
+    let deletion = family.lineage.plan_delete(node, request.mode)?;
+    let named = |id| family.lineage.get(id).map(|n| n.name.clone()).unwrap_or_default();
+    let reparented = deletion.reparented.iter().map(|&(id, parent)| (named(id), parent.map(named))).collect();
+    let mut plan =
+        DeletePlan { node: name.clone(), removes: Vec::new(), single: None, reparented, bytes_freed: 0 };
+    match request.mode {
+        DeleteMode::Metadata => {
+            return Err(Error::new(
+                ErrorKind::NotFound,
+                "these images have no catalog that could forget the node",
+            )
+            .hint("without --metadata the node's data are deleted too"));
+        }
+        DeleteMode::Single => {}
+        DeleteMode::Children if family.lineage.parent(node).is_none() && !request.whole_tree => {
+            return Err(Error::new(
+                ErrorKind::NotConfirmed,
+                format!("\"{name}\" is a root: deleting it with its descendants deletes the whole tree"),
+            )
+            .hint("say --yes-everything if that is meant"));
+        }
+        DeleteMode::Children | DeleteMode::ChildrenOnly => {
+            plan.removes = files_of(survey, family, &deletion.removed)?;
+            let roles = plan.removes.iter().map(|&i| (i, role(change))).collect();
+            let open = OpenFiles::open(disk, survey, &roles)?;
+            plan.bytes_freed =
+                plan.removes.iter().filter_map(|&i| survey.files.get(i)).map(|f| f.stat.allocated).sum();
+            return Ok(Prepared { plan, open });
+        }
+    }
+    let victim = match family.state(node) {
+        Some(State::File(index)) => index,
+        _ => {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("\"{name}\" is an internal snapshot; deleting those is not supported"),
+            )
+            .hint("qemu-img snapshot -d deletes an internal snapshot"));
+        }
+    };
+    let (open, merges, naming) =
+        plan_single(disk, survey, victim, &request.keep, &Decided::default(), change)?;
+    plan.single = Some((victim, merges, naming));
+    plan.bytes_freed = plan.loses_space(survey).map_or(0, |f| f.stat.allocated);
+    Ok(Prepared { plan, open })
+}
+
+fn role(change: bool) -> Role {
+    if change { Role::Write } else { Role::Read }
+}
+
+/// The files whose every state is among `nodes`, leaves first.
+fn files_of(survey: &Survey, family: &Family, nodes: &[pleach_lineage::NodeId]) -> Result<Vec<usize>> {
+    let mut files = Vec::new();
+    let mut states: BTreeMap<usize, usize> = BTreeMap::new();
+    for &node in nodes {
+        match family.state(node) {
+            Some(State::File(index)) => {
+                files.push(index);
+                *states.entry(index).or_default() += 1;
+            }
+            Some(State::Snapshot(index, _)) => *states.entry(index).or_default() += 1,
+            None => {}
+        }
+    }
+    for (index, gone) in states {
+        let Some(file) = survey.files.get(index) else { continue };
+        if gone != file.snapshots.len() + 1 {
+            return Err(stays_inside(file));
+        }
+    }
+    let gone: BTreeSet<FileId> =
+        files.iter().filter_map(|&i| survey.files.get(i)).map(|f| f.stat.id).collect();
+    let survivors = survey.files.iter().map(|f| f.stat.id).chain(survey.broken.iter().map(|b| b.id));
+    let reach = Reach::of(survivors.filter(|id| !gone.contains(id)), &survey.reads());
+    for &index in &files {
+        let Some(file) = survey.files.get(index) else { continue };
+        if reach.needs(&file.stat.id) {
+            return Err(still_read(survey, file, &reach.needed_by(&file.stat.id)));
+        }
+    }
+    Ok(files)
+}
+
+fn stays_inside(file: &SurveyFile) -> Error {
+    let names: Vec<String> = file.snapshots.iter().map(|s| format!("\"{}\"", escape(&s.name))).collect();
+    Error::new(
+        ErrorKind::Refused,
+        format!("the file holds internal snapshots, which would be lost or changed: {}", names.join(", ")),
+    )
+    .at(&file.path)
+    .hint("delete the internal snapshots first (qemu-img snapshot -d)")
+}
+
+/// The error for a file that something that stays still reads.
+pub(crate) fn still_read(survey: &Survey, file: &SurveyFile, readers: &[FileId]) -> Error {
+    let path = |id: &FileId| {
+        let found = survey.find_id(*id).and_then(|i| survey.files.get(i)).map(|f| &f.path);
+        let broken = survey.broken.iter().find(|b| b.id == *id).map(|b| &b.path);
+        found.or(broken).map(|p| format!("\"{}\"", p.display()))
+    };
+    let names: Vec<String> = readers.iter().filter_map(path).collect();
+    Error::new(ErrorKind::Refused, format!("the file is still read by {}", names.join(", "))).at(&file.path)
+}
+
+/// Plans the deletion of one file's active state, and opens what it needs.
+pub(crate) fn plan_single(
+    disk: &dyn Disk,
+    survey: &Survey,
+    victim: usize,
+    keep: &Keep,
+    decided: &Decided,
+    change: bool,
+) -> Result<(OpenFiles, Vec<Merge>, Naming)> {
+    let file = survey.files.get(victim).ok_or_else(|| Error::new(ErrorKind::NotFound, "no such file"))?;
+    if !file.snapshots.is_empty() {
+        return Err(stays_inside(file));
+    }
+    refuse_unknown_readers(survey, file)?;
+    let readers: Vec<usize> =
+        file.dependents.iter().copied().filter(|&d| !has_id(survey, d, &decided.followers)).collect();
+    let below = survey.chain(victim)?.split_off(1);
+    let designated = designate(survey, &readers, keep, decided)?;
+    let followers: Vec<usize> = match (designated, keep) {
+        (Some(d), Keep::Parent(_) | Keep::Auto) => {
+            survey.files.get(d).map(|f| f.dependents.clone()).unwrap_or_default()
+        }
+        _ => Vec::new(),
+    };
+    for &reader in &readers {
+        let Some(reader) = survey.files.get(reader) else { continue };
+        if !reader.snapshots.is_empty() {
+            return Err(stays_inside(reader));
+        }
+    }
+    let mut roles: BTreeMap<usize, Role> = below.iter().map(|&i| (i, Role::Read)).collect();
+    let changed = std::iter::once(victim).chain(readers.iter().copied()).chain(followers.iter().copied());
+    roles.extend(changed.map(|i| (i, role(change))));
+    let open = OpenFiles::open(disk, survey, &roles)?;
+    if readers.is_empty() {
+        return Ok((open, Vec::new(), Naming::Unlink));
+    }
+
+    let planner = Planner::new(disk, survey, &open, victim, &below)?;
+    let mut merges = Vec::new();
+    for &reader in readers.iter().filter(|&&r| Some(r) != designated) {
+        merges.push(planner.pull(reader, false)?);
+    }
+    let naming = match designated {
+        None => Naming::Unlink,
+        Some(reader) => {
+            let forced = decided.fixed.then(|| has_opt(survey, reader, decided.committed));
+            let takes = if decided.fixed { Some(has_opt(survey, reader, decided.renamed)) } else { None };
+            let (merge, naming) = planner.designated(reader, keep, forced, takes, &followers)?;
+            merges.push(merge);
+            naming
+        }
+    };
+    Ok((open, merges, naming))
+}
+
+fn has_id(survey: &Survey, index: usize, ids: &BTreeSet<FileId>) -> bool {
+    survey.files.get(index).is_some_and(|f| ids.contains(&f.stat.id))
+}
+
+fn has_opt(survey: &Survey, index: usize, id: Option<FileId>) -> bool {
+    survey.files.get(index).map(|f| f.stat.id).is_some_and(|i| Some(i) == id)
+}
+
+/// Images that name the victim but could not be followed, or cannot be read, may still need it.
+fn refuse_unknown_readers(survey: &Survey, victim: &SurveyFile) -> Result<()> {
+    let id = victim.stat.id;
+    for file in &survey.files {
+        if let Backing::Broken { name, why, id: Some(read) } = &file.backing
+            && *read == id
+        {
+            return Err(broken(&file.path, name, *why));
+        }
+        // A pseudo name is not followed, but it may well mean this file.
+        if let Backing::Broken { name, id: None, .. } = &file.backing
+            && victim.path.file_name().is_some_and(|n| name.contains(&escape(n.as_encoded_bytes())))
+        {
+            let text = format!("\"{}\" may read it under the name \"{name}\"", file.path.display());
+            return Err(Error::new(ErrorKind::Refused, text).at(&victim.path));
+        }
+    }
+    match survey.broken.iter().find(|b| b.reads == Some(id)) {
+        Some(b) => Err(Error::new(
+            ErrorKind::Refused,
+            format!("\"{}\" seems to read it, but is no readable image", b.path.display()),
+        )
+        .at(&victim.path)
+        .hint("repair or remove that file first")),
+        None => Ok(()),
+    }
+}
+
+/// The reader that may become one file with the victim under either name.
+fn designate(survey: &Survey, readers: &[usize], keep: &Keep, decided: &Decided) -> Result<Option<usize>> {
+    if decided.fixed {
+        let which = decided.committed.or(decided.renamed);
+        return Ok(readers.iter().copied().find(|&r| which.is_some() && has_opt(survey, r, which)));
+    }
+    match (keep, readers) {
+        (_, []) => Ok(None),
+        (Keep::Child | Keep::Auto | Keep::Parent(None), [only]) => Ok(Some(*only)),
+        (Keep::Child | Keep::Auto, _) => Ok(None),
+        (Keep::Parent(None), several) => {
+            let names: Vec<String> = several.iter().filter_map(|&r| survey.files.get(r)).map(stem).collect();
+            Err(Error::new(
+                ErrorKind::Usage,
+                "several images stand on it; only one of them can take its name",
+            )
+            .hint(format!("say which: --keep parent=NAME, with NAME one of {}", names.join(", "))))
+        }
+        (Keep::Parent(Some(name)), several) => {
+            let is = |f: &SurveyFile| {
+                stem(f) == *name
+                    || f.path.file_name().is_some_and(|n| n == name.as_str())
+                    || f.path == Path::new(name)
+            };
+            let found = several.iter().copied().find(|&r| survey.files.get(r).is_some_and(is));
+            found.map(Some).ok_or_else(|| {
+                let names: Vec<String> =
+                    several.iter().filter_map(|&r| survey.files.get(r)).map(stem).collect();
+                Error::new(ErrorKind::NotFound, format!("no image named \"{name}\" stands on it"))
+                    .hint(format!("the images that do: {}", names.join(", ")))
+            })
+        }
+    }
+}
+
+fn stem(file: &SurveyFile) -> String {
+    escape(file.path.file_stem().unwrap_or_default().as_encoded_bytes())
+}
+
+/// What all merges around one victim have in common.
+struct Planner<'a> {
+    disk: &'a dyn Disk,
+    survey: &'a Survey,
+    open: &'a OpenFiles,
+    victim: usize,
+    below: &'a [usize],
+    runs: RunList,
+    cover: Cover,
+    content: Content,
+}
+
+impl<'a> Planner<'a> {
+    fn new(
+        disk: &'a dyn Disk,
+        survey: &'a Survey,
+        open: &'a OpenFiles,
+        victim: usize,
+        below: &'a [usize],
+    ) -> Result<Self> {
+        let scan = |index: usize| -> Result<(RunList, Cover)> {
+            let layer = open.layer(index);
+            let path = survey.files.get(index).map(|f| f.path.clone()).unwrap_or_default();
+            let runs = layer_runs(&path, layer)?;
+            let cover = Cover::of_runs(layer.size(), &runs);
+            Ok((runs, cover))
+        };
+        let covers = below.iter().map(|&i| Ok(scan(i)?.1)).collect::<Result<Vec<_>>>()?;
+        let (runs, cover) = scan(victim)?;
+        Ok(Self { disk, survey, open, victim, below, runs, cover, content: content_of(covers.iter()) })
+    }
+
+    fn file(&self, index: usize) -> &SurveyFile {
+        self.survey.files.get(index).expect("indexes come from the survey")
+    }
+
+    fn image(&self, index: usize) -> Result<&Image> {
+        let path = &self.file(index).path;
+        self.open
+            .layer(index)
+            .image()
+            .ok_or_else(|| Error::new(ErrorKind::Failed, "a raw file cannot stand on another one").at(path))
+    }
+
+    /// A target that may be written: not marked as damaged, no count too low.
+    fn writable(&self, index: usize) -> Result<&Image> {
+        let image = self.image(index)?;
+        image
+            .check_writable()
+            .and_then(|()| leaked(image).map(drop))
+            .map_err(|e| Error::image(&self.file(index).path, e))?;
+        Ok(image)
+    }
+
+    fn chain(&self, reader: usize) -> Chain {
+        let indexes: Vec<usize> =
+            [reader, self.victim].into_iter().chain(self.below.iter().copied()).collect();
+        self.open.chain(&indexes)
+    }
+
+    fn settled(&self, reader: usize, shape: Target, needs: &[Need]) -> Result<Vec<Need>> {
+        let asked: Vec<u64> = candidates(needs).collect();
+        let path = &self.file(reader).path;
+        let zero = zero_clusters(path, &self.chain(reader), shape.cluster_bits, &asked)?;
+        Ok(settle(needs, zero))
+    }
+
+    /// `reader` takes what it lacks. `moves`: it will get the victim's name afterwards.
+    fn pull(&self, reader: usize, moves: bool) -> Result<Merge> {
+        let image = self.writable(reader)?;
+        let path = &self.file(reader).path;
+        let runs = layer_runs(path, self.open.layer(reader))?;
+        let own = Cover::of_runs(image.size(), &runs);
+        let shape = shape_of(image, image.size());
+        let needs = self.settled(reader, shape, &pull(shape, &own, &self.cover, &self.content))?;
+        let bytes_written = Summary::of(shape, &needs).bytes_written;
+        let backing = self.victims_backing_for(path, moves)?;
+        Ok(Merge {
+            target: reader,
+            reader,
+            direction: Direction::Pull,
+            bytes_cloned: self.clonable(reader, reader, shape, &needs)?,
+            work: Work::Clusters { shape, needs },
+            backing,
+            bytes_written,
+        })
+    }
+
+    /// The only reader, or the one that takes the victim's name: the cheaper way, and the names.
+    fn designated(
+        &self,
+        reader: usize,
+        keep: &Keep,
+        committed: Option<bool>,
+        renamed: Option<bool>,
+        followers: &[usize],
+    ) -> Result<(Merge, Naming)> {
+        let raw = self.file(self.victim).format == FileFormat::Raw;
+        let parent = renamed.unwrap_or(matches!(keep, Keep::Parent(_)));
+        // A raw file stays raw under its name: only the name of the overlay can stand for a qcow2 image.
+        let forced = committed.or(raw.then_some(parent));
+        let merge = match forced {
+            Some(true) => self.commit(reader)?,
+            Some(false) => self.pull(reader, parent)?,
+            None => {
+                let pulled = self.pull(reader, parent)?;
+                match self.can_commit(reader) {
+                    true => {
+                        let down = self.commit(reader)?;
+                        if down.bytes_written < pulled.bytes_written { down } else { pulled }
+                    }
+                    false => pulled,
+                }
+            }
+        };
+        let takes_parent = match (keep, renamed) {
+            (_, Some(renamed)) => renamed,
+            (Keep::Auto, None) => merge.direction == Direction::Commit,
+            (Keep::Child, None) => false,
+            (Keep::Parent(_), None) => true,
+        };
+        let format = if merge.direction == Direction::Commit {
+            self.file(self.victim).format
+        } else {
+            FileFormat::Qcow2
+        };
+        let followers = || followers.iter().map(|&f| self.follow(f, format)).collect::<Result<Vec<_>>>();
+        let naming = match (merge.direction, takes_parent) {
+            (Direction::Pull, false) => Naming::Unlink,
+            (Direction::Pull, true) => Naming::TakeVictimsName { reader, followers: followers()? },
+            (Direction::Commit, false) => Naming::TakeReadersName { reader },
+            (Direction::Commit, true) => Naming::KeepVictimsName { reader, followers: followers()? },
+        };
+        Ok((merge, naming))
+    }
+
+    /// Whether the victim's file can take the reader's content and stand in for it.
+    fn can_commit(&self, reader: usize) -> bool {
+        let (victim, over) = (self.file(self.victim), self.file(reader));
+        let (Ok(into), Ok(from)) = (self.image(self.victim), self.image(reader)) else { return false };
+        let no_bitmaps = |image: &Image| image.bitmaps().is_ok_and(|b| b.is_empty());
+        can_merge_down(self.disk, victim, over)
+            && from.size() >= into.size()
+            && no_bitmaps(into)
+            && no_bitmaps(from)
+            && into.check_writable().is_ok()
+            && leaked(into).is_ok()
+    }
+
+    fn commit(&self, reader: usize) -> Result<Merge> {
+        let runs = layer_runs(&self.file(reader).path, self.open.layer(reader))?;
+        let size = self.open.layer(reader).size();
+        let upper = Cover::of_runs(size, &runs);
+        let merge = |work, bytes_written, bytes_cloned| Merge {
+            target: self.victim,
+            reader,
+            direction: Direction::Commit,
+            work,
+            backing: None,
+            bytes_written,
+            bytes_cloned,
+        };
+        if self.file(self.victim).format == FileFormat::Raw {
+            let pieces: Vec<_> = upper.says().collect();
+            let written = pieces.iter().filter(|p| p.1 == Say::Data).map(|(r, _)| r.end - r.start).sum();
+            return Ok(merge(Work::Raw { size, pieces }, written, 0));
+        }
+        let into = self.writable(self.victim)?;
+        let shape = shape_of(into, size);
+        let plain = Cover::of_plain_data(into.size(), &self.runs);
+        let needs = commit(shape, &upper, &self.cover, &plain, &self.content);
+        let needs = self.settled(reader, shape, &needs)?;
+        let bytes_written = Summary::of(shape, &needs).bytes_written;
+        let cloned = self.clonable(self.victim, reader, shape, &needs)?;
+        Ok(merge(Work::Clusters { shape, needs }, bytes_written, cloned))
+    }
+
+    fn clonable(&self, target: usize, reader: usize, shape: Target, needs: &[Need]) -> Result<u64> {
+        let store = self.open.layer(target).store();
+        crate::execute::clonable(&**store, &self.chain(reader), shape, needs)
+            .map_err(|e| Error::image(&self.file(reader).path, e))
+    }
+
+    /// The victim's backing file as the header of `reader` will name it.
+    fn victims_backing_for(&self, reader: &Path, moves: bool) -> Result<Option<BackingFile>> {
+        let victim = self.file(self.victim);
+        let Some(backing) = victim.header.as_ref().and_then(|h| h.backing()).cloned() else {
+            return Ok(None);
+        };
+        let (from, to) = (directory_of(&victim.path), directory_of(reader));
+        let name = if moves && self.disk.canonical(&from).ok() != self.disk.canonical(&to).ok() {
+            // Right in both places: the file is in one now, and in the other in the end.
+            absolute(self.disk, &from, &backing.name)?
+        } else {
+            express(self.disk, &backing.name, &from, &to)?
+        };
+        Ok(Some(BackingFile { name, format: backing.format }))
+    }
+
+    /// `follower` names the victim's file instead of the reader's.
+    fn follow(&self, follower: usize, format: FileFormat) -> Result<Rebase> {
+        let file = self.file(follower);
+        let old = file.header.as_ref().and_then(|h| h.backing());
+        let backing = renamed(self.disk, &file.path, old, &self.file(self.victim).path, format)?;
+        Ok(Rebase { file: follower, backing: Some(backing) })
+    }
+}
+
+/// Whether the victim's file may be changed in place and take the reader's name: no other name leads to it, and its own
+/// backing file name means the same in the reader's directory.
+pub(crate) fn can_merge_down(disk: &dyn Disk, victim: &SurveyFile, reader: &SurveyFile) -> bool {
+    let directory = |f: &SurveyFile| disk.canonical(&directory_of(&f.path)).ok();
+    victim.stat.links == 1 && directory(victim) == directory(reader)
+}
+
+pub(crate) fn shape_of(image: &Image, size: u64) -> Target {
+    Target {
+        cluster_bits: image.geometry().cluster_bits(),
+        size,
+        zero_flag: image.header().version() == Version::V3,
+    }
+}
+
+/// The host ranges of a layer's data, each with the guest range that it is for.
+pub(crate) fn data_extents(runs: &RunList) -> impl Iterator<Item = (Range<u64>, Range<u64>)> {
+    runs.as_slice().iter().filter_map(|run| match run.kind {
+        RunKind::Data(host) => Some((host.0..host.0 + run.len, run.guest.0..run.end())),
+        RunKind::Compressed(extent) => {
+            Some((extent.offset.0..extent.offset.0 + extent.bytes, run.guest.0..run.end()))
+        }
+        RunKind::Zero => None,
+    })
+}
+
+/// Every directory that must be searched before a file of `survey` may go: those searched already.
+pub(crate) fn directories(disk: &dyn Disk, survey: &Survey) -> Vec<PathBuf> {
+    survey.directories.iter().map(|d| disk.canonical(d).unwrap_or_else(|_| d.clone())).collect()
+}

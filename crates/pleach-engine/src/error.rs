@@ -1,0 +1,139 @@
+//! One error for everything that runs: what went wrong, with which file, and what to do next.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use pleach_image::{ImageError, NameError};
+use pleach_lineage::LineageError;
+use pleach_store::LockError;
+
+/// What sort of failure it is; callers turn it into an exit code.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The operation failed.
+    Failed,
+    /// The request makes no sense as it was put.
+    Usage,
+    /// An image is damaged.
+    Corrupt,
+    /// An image is in use by another process.
+    InUse,
+    /// Something that stays depends on what should go.
+    Refused,
+    /// No such node, image or snapshot.
+    NotFound,
+    /// A feature that is not supported.
+    Unsupported,
+    /// Somebody must confirm first.
+    NotConfirmed,
+    /// Stopped on request; the state is consistent.
+    Interrupted,
+}
+
+/// A failure.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What sort.
+    pub kind: ErrorKind,
+    /// What, which field, which value.
+    pub message: String,
+    /// The file that it is about.
+    pub path: Option<PathBuf>,
+    /// Host offset in that file.
+    pub offset: Option<u64>,
+    /// What to do next.
+    pub hint: Option<String>,
+    /// The cause.
+    #[source]
+    pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// The result of everything here.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A failure of a kind, with nothing but a message.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), path: None, offset: None, hint: None, source: None }
+    }
+
+    /// The same failure, about `path`.
+    #[must_use]
+    pub fn at(mut self, path: impl Into<PathBuf>) -> Self {
+        self.path = Some(path.into());
+        self
+    }
+
+    /// The same failure, with advice.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    pub(crate) fn caused(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Box::new(source));
+        self
+    }
+
+    /// A failure of the system while doing `what` with `path`.
+    pub fn io(what: &str, path: &Path, source: io::Error) -> Self {
+        let kind =
+            if source.kind() == io::ErrorKind::NotFound { ErrorKind::NotFound } else { ErrorKind::Failed };
+        let hint = match source.kind() {
+            io::ErrorKind::StorageFull => Some("free some space on that file system and try again"),
+            io::ErrorKind::PermissionDenied => Some("check the permissions of the file and of its directory"),
+            io::ErrorKind::ReadOnlyFilesystem => Some("the file system is mounted read-only"),
+            _ => None,
+        };
+        let mut error = Self::new(kind, format!("cannot {what}")).at(path).caused(source);
+        error.hint = hint.map(str::to_owned);
+        error
+    }
+
+    /// What an image error means for the image at `path`.
+    pub fn image(path: &Path, source: ImageError) -> Self {
+        if let ImageError::Io { what, source } = source {
+            return Self::io(what, path, source);
+        }
+        let kind = match &source {
+            ImageError::Unsupported { .. } => ErrorKind::Unsupported,
+            ImageError::Format { source: pleach_format::FormatError::UnknownFeature { .. }, .. } => {
+                ErrorKind::Unsupported
+            }
+            ImageError::NeedsRepair { .. } | ImageError::Changed { .. } => ErrorKind::Failed,
+            _ => ErrorKind::Corrupt,
+        };
+        let offset = source.offset();
+        let mut error = Self::new(kind, source.to_string()).at(path);
+        error.offset = offset;
+        // The message is the image error's own; what caused that comes next.
+        if let ImageError::Format { source, .. } = source {
+            error = error.caused(source);
+        }
+        error
+    }
+
+    pub(crate) fn lock(path: &Path, source: LockError) -> Self {
+        match source {
+            LockError::InUse { .. } => Self::new(ErrorKind::InUse, format!("the image is {source}"))
+                .at(path)
+                .hint("stop the virtual machine or tool that uses it, then try again"),
+            other => Self::new(ErrorKind::Failed, "cannot lock the image").at(path).caused(other),
+        }
+    }
+}
+
+impl From<NameError> for Error {
+    fn from(source: NameError) -> Self {
+        Self::new(ErrorKind::Unsupported, source.to_string())
+    }
+}
+
+impl From<LineageError> for Error {
+    fn from(source: LineageError) -> Self {
+        Self::new(ErrorKind::Failed, source.to_string())
+    }
+}

@@ -1,0 +1,671 @@
+//! Carrying out a deletion: copies in parallel, then one switch an image, then the names.
+
+use std::path::{Path, PathBuf};
+
+use pleach_alloc::{Allocator, Place};
+use pleach_format::{BackingFile, GuestCluster, HostOffset, L2Entry, Mapping};
+use pleach_image::{
+    Chain, Image, ImageError, PieceKind, Switch, TableEditor, backing_path, clear_unknown_autoclear, publish,
+    release, set_backing,
+};
+use pleach_lineage::Reach;
+use pleach_plan::{How, Need, Say, Target};
+use pleach_store::{Access, Disk, FileId, Store};
+use rayon::prelude::*;
+
+use crate::delete::{DeletePlan, Direction, Merge, Naming, Prepared, Rebase, Work, directories, still_read};
+use crate::journal::{Intent, Journal, JournalImage, directory_of, pending, unfinished};
+use crate::open::OpenFiles;
+use crate::survey::{Survey, Trust};
+use crate::watch::Watch;
+use crate::{Error, ErrorKind, Result};
+
+/// Largest piece that one worker copies at a time.
+const STEP: u64 = 8 << 20;
+
+/// What a finished deletion has done.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Guest bytes written as data.
+    pub bytes_written: u64,
+    /// Of these, bytes that the file system shared.
+    pub bytes_cloned: u64,
+    /// Bytes on disk of the files that went.
+    pub bytes_freed: u64,
+}
+
+/// Guest bytes to be brought to a place in the target's file.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+struct Step {
+    guest: u64,
+    len: u64,
+    host: u64,
+}
+
+/// One merge with its targets fixed, nothing written.
+struct Staged<'a> {
+    merge: &'a Merge,
+    steps: Vec<Step>,
+    zeros: Vec<Step>,
+    clusters: Option<(Allocator, Switch)>,
+    reserve: Vec<std::ops::Range<u64>>,
+    old_len: u64,
+}
+
+/// Carries out a plan. When this returns `Ok` all is durable; when it fails after the journal was begun, the journal is
+/// left for [`crate::resume`], and every node that stays reads as before.
+///
+/// # Errors
+/// What keeps it from going on. Before anything was changed: an interrupted operation, a full disk, a directory that
+/// cannot be written.
+pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Watch) -> Result<Outcome> {
+    let Prepared { plan, open } = prepared;
+    for dir in &survey.directories {
+        if let Some(journal) = pending(disk, dir)?.first() {
+            return Err(unfinished(journal));
+        }
+    }
+    let intent = intent_of(disk, survey, &plan)?;
+    let staged = stage_all(survey, &plan, &open)?;
+    if staged.is_empty() && single_name(&plan) {
+        // One name goes and nothing else happens: there is no middle to be interrupted in.
+        return remove(disk, survey, &plan);
+    }
+    let first = plan.single.as_ref().map(|s| s.0).or(plan.removes.last().copied());
+    let named_after = first.and_then(|i| survey.files.get(i)).map(|f| f.path.clone()).unwrap_or_default();
+    let mut journal = Journal::begin(disk, &named_after, &intent)?;
+    if let Err(full) = reserve_all(survey, &open, &staged) {
+        journal.end()?;
+        return Err(full);
+    }
+    let result = run(disk, survey, &plan, &open, staged, &mut journal, watch);
+    match result {
+        Ok(outcome) => {
+            journal.end()?;
+            Ok(outcome)
+        }
+        Err(error) => {
+            let images = directory_of(&named_after);
+            let hint = format!("nothing is lost; finish with: pleach resume {}", images.display());
+            let hint = error.hint.as_ref().map_or(hint.clone(), |h| format!("{h}; {hint}"));
+            Err(error.hint(hint))
+        }
+    }
+}
+
+fn single_name(plan: &DeletePlan) -> bool {
+    match &plan.single {
+        Some((_, _, naming)) => *naming == Naming::Unlink,
+        None => plan.removes.len() == 1,
+    }
+}
+
+/// Carries out what is left of a plan whose journal is there already.
+///
+/// # Errors
+/// As [`execute`].
+pub(crate) fn go_on(
+    disk: &dyn Disk,
+    survey: &Survey,
+    prepared: &Prepared,
+    journal: &mut Journal<'_>,
+    watch: &Watch,
+) -> Result<Outcome> {
+    let staged = stage_all(survey, &prepared.plan, &prepared.open)?;
+    reserve_all(survey, &prepared.open, &staged)?;
+    run(disk, survey, &prepared.plan, &prepared.open, staged, journal, watch)
+}
+
+fn run(
+    disk: &dyn Disk,
+    survey: &Survey,
+    plan: &DeletePlan,
+    open: &OpenFiles,
+    staged: Vec<Staged<'_>>,
+    journal: &mut Journal<'_>,
+    watch: &Watch,
+) -> Result<Outcome> {
+    let mut outcome = Outcome::default();
+    for stage in staged {
+        watch.expect(stage.merge.bytes_written);
+        merge(survey, open, stage, journal, watch, &mut outcome)?;
+    }
+    if watch.should_stop() {
+        return Err(stopped());
+    }
+    let finished = match &plan.single {
+        Some((victim, _, naming)) => rename_all(disk, survey, *victim, naming, journal)?,
+        None => remove(disk, survey, plan)?,
+    };
+    Ok(Outcome { bytes_freed: finished.bytes_freed, ..outcome })
+}
+
+fn stopped() -> Error {
+    Error::new(ErrorKind::Interrupted, "interrupted")
+}
+
+/// Removes files that need no copying, leaves first, so that what is left can be read at every instant.
+fn remove(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Outcome> {
+    let single = plan.single.as_ref().map(|(victim, _, _)| *victim);
+    let mut outcome = Outcome::default();
+    for index in plan.removes.iter().copied().chain(single) {
+        outcome.bytes_freed += unlink(disk, survey, index)?;
+    }
+    Ok(outcome)
+}
+
+/// Removes the name of one file, after a last look whether anything reads it. Returns the bytes that it took on disk.
+fn unlink(disk: &dyn Disk, survey: &Survey, index: usize) -> Result<u64> {
+    let Some(file) = survey.files.get(index) else { return Ok(0) };
+    let stat = match disk.stat(&file.path) {
+        Ok(stat) if stat.id == file.stat.id => stat,
+        _ => return Ok(0),
+    };
+    nobody_reads(disk, &survey.directories, file.stat.id, &[])?;
+    disk.unlink(&file.path).map_err(|e| Error::io("remove", &file.path, e))?;
+    let dir = directory_of(&file.path);
+    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
+    Ok(stat.allocated)
+}
+
+/// Looks again at every image for readers of `file` other than those in `known`.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] if there is one: an overlay that was made meanwhile.
+pub(crate) fn nobody_reads(
+    disk: &dyn Disk,
+    directories: &[PathBuf],
+    file: FileId,
+    known: &[FileId],
+) -> Result<()> {
+    let trust = Trust { allowed: Vec::new(), everything: true };
+    let now = Survey::of_directories(disk, directories, &trust)?;
+    let Some(entry) = now.find_id(file).and_then(|i| now.files.get(i)) else { return Ok(()) };
+    let readers = now.files.iter().map(|f| f.stat.id).chain(now.broken.iter().map(|b| b.id));
+    let others = readers.filter(|id| !known.contains(id) && *id != file);
+    let needed_by: Vec<FileId> = Reach::of(others, &now.reads())
+        .needed_by(&file)
+        .into_iter()
+        .filter(|id| !known.contains(id))
+        .collect();
+    if needed_by.is_empty() { Ok(()) } else { Err(still_read(&now, entry, &needed_by)) }
+}
+
+fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Intent> {
+    let image = |index: usize| -> Result<JournalImage> {
+        let file = survey.files.get(index).ok_or_else(|| Error::new(ErrorKind::NotFound, "no such file"))?;
+        let dir = directory_of(&file.path);
+        let real = disk.canonical(&dir).map_err(|e| Error::io("find the directory", &dir, e))?;
+        let path = real.join(file.path.file_name().unwrap_or_default());
+        Ok(JournalImage { path, device: file.stat.id.device, inode: file.stat.id.inode })
+    };
+    let images = |indexes: &mut dyn Iterator<Item = usize>| indexes.map(image).collect::<Result<Vec<_>>>();
+    let directories = directories(disk, survey);
+    let Some((victim, merges, naming)) = &plan.single else {
+        return Ok(Intent::Remove { files: images(&mut plan.removes.iter().copied())?, directories });
+    };
+    let committed =
+        merges.iter().find(|m| m.direction == Direction::Commit).map(|m| image(m.reader)).transpose()?;
+    let (renamed, followers) = match naming {
+        Naming::TakeVictimsName { reader, followers } | Naming::KeepVictimsName { reader, followers } => {
+            (Some(image(*reader)?), images(&mut followers.iter().map(|f| f.file))?)
+        }
+        _ => (None, Vec::new()),
+    };
+    Ok(Intent::Merge {
+        victim: image(*victim)?,
+        dependents: images(&mut merges.iter().map(|m| m.reader))?,
+        committed,
+        renamed,
+        followers,
+        directories,
+    })
+}
+
+fn stage_all<'a>(survey: &Survey, plan: &'a DeletePlan, open: &OpenFiles) -> Result<Vec<Staged<'a>>> {
+    let stage = |merge: &'a Merge| {
+        let path = path_of(survey, merge.target);
+        match &merge.work {
+            Work::Raw { size, pieces } => Ok(stage_raw(merge, *size, pieces, open)),
+            Work::Clusters { shape, needs } => {
+                let layer = open.layer(merge.target);
+                let image = layer
+                    .image()
+                    .ok_or_else(|| Error::new(ErrorKind::Failed, "not a qcow2 image").at(path))?;
+                stage_clusters(merge, *shape, needs, image).map_err(|e| Error::image(path, e))
+            }
+        }
+    };
+    plan.merges().iter().map(stage).collect()
+}
+
+fn stage_raw<'a>(
+    merge: &'a Merge,
+    size: u64,
+    pieces: &[(std::ops::Range<u64>, Say)],
+    open: &OpenFiles,
+) -> Staged<'a> {
+    let mut staged = Staged {
+        merge,
+        steps: Vec::new(),
+        zeros: Vec::new(),
+        clusters: None,
+        reserve: Vec::new(),
+        old_len: open.layer(merge.target).store().len().unwrap_or(0),
+    };
+    for (range, say) in pieces {
+        let step = Step { guest: range.start, len: range.end - range.start, host: range.start };
+        match say {
+            Say::Data => {
+                staged.steps.extend(cut(step));
+                staged.reserve.push(range.clone());
+            }
+            Say::Zero => staged.zeros.push(step),
+        }
+    }
+    staged.reserve.retain(|r| r.end <= size);
+    staged
+}
+
+/// Gives every cluster that is filled a host cluster, and changes the tables in memory.
+fn stage_clusters<'a>(
+    merge: &'a Merge,
+    shape: Target,
+    needs: &[Need],
+    image: &Image,
+) -> Result<Staged<'a>, ImageError> {
+    let g = image.geometry();
+    let store = &**image.store();
+    let old_len = image.file_len();
+    let mut allocator = Allocator::load(store, Place::of(image.header()))?;
+    let mut editor = TableEditor::new(image);
+    editor.extend_to(shape.size);
+    let mut steps: Vec<Step> = Vec::new();
+    for need in needs {
+        for cluster in need.clusters.clone().map(GuestCluster) {
+            let guest = g.guest_offset(cluster).0;
+            match need.how {
+                How::Skip => {}
+                How::Zero => editor.set(&mut allocator, cluster, L2Entry::ZERO)?,
+                How::Unmap => editor.set(&mut allocator, cluster, L2Entry::default())?,
+                How::Fill => {
+                    let host = g.host_offset(allocator.allocate()?);
+                    editor.set(&mut allocator, cluster, L2Entry::owned(host))?;
+                    push(&mut steps, Step { guest, len: g.cluster_size(), host: host.0 });
+                }
+                How::Patch => {
+                    let host = own_cluster(image, &mut allocator, editor.mapping(cluster)?)?;
+                    for piece in &need.pieces {
+                        let at = host.0 + (piece.start - guest);
+                        push(&mut steps, Step { guest: piece.start, len: piece.end - piece.start, host: at });
+                    }
+                }
+            }
+        }
+    }
+    let size = (shape.size != image.size()).then_some(shape.size);
+    let switch = editor.finish(&mut allocator, size)?;
+    let end = allocator.end().0 * g.cluster_size();
+    // Space behind the end in one go; free clusters before it where the data go.
+    let mut reserve: Vec<_> =
+        steps.iter().map(|s| s.host..s.host + s.len).filter(|r| r.end <= old_len).collect();
+    reserve.push(old_len..end.max(old_len));
+    let steps = steps.into_iter().flat_map(cut).collect();
+    Ok(Staged { merge, steps, zeros: Vec::new(), clusters: Some((allocator, switch)), reserve, old_len })
+}
+
+/// The host cluster of a mapping that may be overwritten where it is: its stored count is 1.
+fn own_cluster(image: &Image, allocator: &mut Allocator, mapping: Mapping) -> Result<HostOffset, ImageError> {
+    let Mapping::Data(host) = mapping else {
+        return Err(ImageError::Changed { what: "a data cluster is gone" });
+    };
+    let cluster = image.geometry().host_cluster(host);
+    match allocator.count(cluster) {
+        1 => Ok(host),
+        stored => Err(ImageError::Refcount { cluster: cluster.0, stored, references: 1 }),
+    }
+}
+
+fn push(steps: &mut Vec<Step>, step: Step) {
+    match steps.last_mut() {
+        Some(last) if last.guest + last.len == step.guest && last.host + last.len == step.host => {
+            last.len += step.len;
+        }
+        _ => steps.push(step),
+    }
+}
+
+/// A step in pieces that one worker copies at a time.
+fn cut(step: Step) -> impl Iterator<Item = Step> {
+    (0..step.len.div_ceil(STEP)).map(move |i| {
+        let done = i * STEP;
+        Step { guest: step.guest + done, len: (step.len - done).min(STEP), host: step.host + done }
+    })
+}
+
+/// Makes sure of the space for everything before anything else changes. On failure the files are as long as before.
+fn reserve_all(survey: &Survey, open: &OpenFiles, staged: &[Staged<'_>]) -> Result<()> {
+    for stage in staged {
+        let store = open.layer(stage.merge.target).store();
+        for range in &stage.reserve {
+            if let Err(e) = store.reserve(range.clone()) {
+                for undo in staged {
+                    let target = open.layer(undo.merge.target).store();
+                    if target.len().is_ok_and(|len| len > undo.old_len) {
+                        // Best effort: a longer file is harmless, its end is unused.
+                        let _ = target.set_len(undo.old_len);
+                    }
+                }
+                let path = path_of(survey, stage.merge.target);
+                return Err(Error::io("reserve space in", path, e));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn path_of(survey: &Survey, index: usize) -> &Path {
+    survey.files.get(index).map_or(Path::new(""), |f| &f.path)
+}
+
+/// One merge: data, barrier and tables, root; for a pull then the backing file, for a commit then the lowered counts.
+fn merge(
+    survey: &Survey,
+    open: &OpenFiles,
+    staged: Staged<'_>,
+    journal: &mut Journal<'_>,
+    watch: &Watch,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    let path = path_of(survey, staged.merge.target);
+    let target = &**open.layer(staged.merge.target).store();
+    let chain = open.chain(&chain_of(survey, staged.merge)?);
+    if staged.clusters.is_some() {
+        clear_unknown_autoclear(target).map_err(|e| Error::image(path, e))?;
+    }
+    let cloned = copy(&chain, target, &staged.steps, watch).map_err(|e| match e {
+        Some(e) => Error::image(path, e),
+        None => stopped(),
+    })?;
+    outcome.bytes_written += staged.steps.iter().map(|s| s.len).sum::<u64>();
+    outcome.bytes_cloned += cloned;
+    match staged.clusters {
+        Some((mut allocator, switch)) => {
+            let wrap = |e| Error::image(path, e);
+            publish(target, &mut allocator, &switch).map_err(wrap)?;
+            if staged.merge.direction == Direction::Pull {
+                switch_backing(target, path, staged.merge.backing.as_ref(), journal)?;
+            }
+            release(target, &mut allocator, &switch.drops).map_err(wrap)
+        }
+        None => {
+            let io = |what: &'static str| move |e| Error::io(what, path, e);
+            for zero in &staged.zeros {
+                target.discard(zero.host..zero.host + zero.len).map_err(io("write zeros to"))?;
+            }
+            if let Work::Raw { size, .. } = staged.merge.work {
+                target.set_len(size).map_err(io("set the length of"))?;
+            }
+            target.barrier().map_err(io("flush"))
+        }
+    }
+}
+
+/// The files that the merge's result is read from, top first: reader, victim, and what lies below.
+fn chain_of(survey: &Survey, merge: &Merge) -> Result<Vec<usize>> {
+    survey.chain(merge.reader)
+}
+
+/// Copies in parallel; the steps are disjoint, so their order is free. Returns how many bytes were shared.
+///
+/// The error is `None` if the watch said to stop.
+fn copy(chain: &Chain, target: &dyn Store, steps: &[Step], watch: &Watch) -> Result<u64, Option<ImageError>> {
+    let align = target.clones_at();
+    steps
+        .par_iter()
+        .map_init(Vec::new, |buf, step| {
+            if watch.should_stop() {
+                return Err(None);
+            }
+            let cloned = match align {
+                Some(align) => clone_step(chain, target, step, align, buf)?,
+                None => {
+                    copy_bytes(chain, target, *step, buf)?;
+                    0
+                }
+            };
+            watch.advance(step.len);
+            Ok(cloned)
+        })
+        .try_reduce(|| 0, |a, b| Ok(a + b))
+}
+
+fn copy_bytes(chain: &Chain, target: &dyn Store, step: Step, buf: &mut Vec<u8>) -> Result<(), ImageError> {
+    let len = usize::try_from(step.len).unwrap_or(usize::MAX);
+    if buf.len() < len {
+        buf.resize(len, 0);
+    }
+    let bytes = buf.get_mut(..len).expect("just resized");
+    chain.read_at(step.guest, bytes)?;
+    target.write_at(step.host, bytes).map_err(|source| ImageError::Io { what: "write guest data", source })
+}
+
+/// Copies a step by sharing the extents of plain data where they are aligned, and by copying the rest.
+fn clone_step(
+    chain: &Chain,
+    target: &dyn Store,
+    step: &Step,
+    align: u64,
+    buf: &mut Vec<u8>,
+) -> Result<u64, ImageError> {
+    let mut cloned = 0;
+    for piece in chain.pieces(step.guest, step.len)? {
+        let to = step.host + (piece.guest - step.guest);
+        let part = Step { guest: piece.guest, len: piece.len, host: to };
+        if let Some((layer, host)) = shareable(piece.kind, piece.len, to, align)
+            && let Some(source) = chain.layers().get(layer)
+        {
+            let io = |source| ImageError::Io { what: "share guest data", source };
+            if target.copy_from(&**source.store(), host, to, piece.len).map_err(io)? {
+                cloned += piece.len;
+                continue;
+            }
+        }
+        copy_bytes(chain, target, part, buf)?;
+    }
+    Ok(cloned)
+}
+
+fn shareable(kind: PieceKind, len: u64, to: u64, align: u64) -> Option<(usize, u64)> {
+    match kind {
+        PieceKind::Data { layer, host } if [host, to, len].iter().all(|v| v.is_multiple_of(align)) => {
+            Some((layer, host))
+        }
+        _ => None,
+    }
+}
+
+/// How many bytes of a plan the target's file system will share instead of writing.
+///
+/// # Errors
+/// Damage in the tables that are met.
+pub(crate) fn clonable(
+    target: &dyn Store,
+    chain: &Chain,
+    shape: Target,
+    needs: &[Need],
+) -> Result<u64, ImageError> {
+    let Some(align) = target.clones_at() else { return Ok(0) };
+    let mut sum = 0;
+    for need in needs {
+        let ranges: Vec<_> = match need.how {
+            How::Fill => {
+                vec![need.clusters.start << shape.cluster_bits..need.clusters.end << shape.cluster_bits]
+            }
+            How::Patch => need.pieces.clone(),
+            _ => continue,
+        };
+        for range in ranges {
+            for piece in chain.pieces(range.start, range.end - range.start)? {
+                // Targets are whole clusters, or offsets that agree with the guest's within a cluster.
+                if shareable(piece.kind, piece.len, piece.guest, align).is_some() {
+                    sum += piece.len;
+                }
+            }
+        }
+    }
+    Ok(sum)
+}
+
+/// Puts another backing file into a header, with a record in the journal if one write cannot do it.
+///
+/// # Errors
+/// What the system says, or a name that does not fit.
+pub(crate) fn switch_backing(
+    store: &dyn Store,
+    path: &Path,
+    backing: Option<&BackingFile>,
+    journal: &mut Journal<'_>,
+) -> Result<()> {
+    let wrap = |e: Wrapped| match e {
+        Wrapped::Image(e) => Error::image(path, e),
+        Wrapped::Journal(e) => *e,
+    };
+    set_backing(store, backing, |bytes| {
+        journal.header(path, bytes).map_err(|e| Wrapped::Journal(Box::new(e)))
+    })
+    .map_err(wrap)
+}
+
+enum Wrapped {
+    Image(ImageError),
+    Journal(Box<Error>),
+}
+
+impl From<ImageError> for Wrapped {
+    fn from(e: ImageError) -> Self {
+        Self::Image(e)
+    }
+}
+
+/// The names, once all data are where they belong. At every instant each name that something reads leads to a file
+/// with the right content.
+///
+/// ```text
+/// TakeReadersName   rename victim over reader                           (one step)
+/// TakeVictimsName   no followers: rename reader over victim             (one step)
+///                   else: reader gets the victim's name as a second one; followers name it; its first name goes
+/// KeepVictimsName   followers name the victim's file; the reader's file goes
+/// Unlink            the victim's file goes
+/// ```
+fn rename_all(
+    disk: &dyn Disk,
+    survey: &Survey,
+    victim: usize,
+    naming: &Naming,
+    journal: &mut Journal<'_>,
+) -> Result<Outcome> {
+    let freed = |index: usize| disk.stat(path_of(survey, index)).map_or(0, |s| s.allocated);
+    let victim_path = path_of(survey, victim);
+    let id = |index: usize| survey.files.get(index).map(|f| f.stat.id);
+    let victim_id = id(victim).unwrap_or(FileId { device: 0, inode: 0 });
+    let known = |reader: usize, followers: &[Rebase]| -> Vec<FileId> {
+        id(reader).into_iter().chain(followers.iter().filter_map(|f| id(f.file))).collect()
+    };
+    let bytes_freed = match naming {
+        Naming::Unlink => unlink(disk, survey, victim)?,
+        Naming::TakeReadersName { reader } => {
+            nobody_reads(disk, &survey.directories, victim_id, &known(*reader, &[]))?;
+            let bytes = freed(*reader);
+            replace(disk, victim_path, path_of(survey, *reader))?;
+            bytes
+        }
+        Naming::TakeVictimsName { reader, followers } => {
+            nobody_reads(disk, &survey.directories, victim_id, &known(*reader, followers))?;
+            let bytes = freed(victim);
+            take_name(disk, survey, *reader, victim_path, followers, journal)?;
+            bytes
+        }
+        Naming::KeepVictimsName { reader, followers } => {
+            let bytes = freed(*reader);
+            rebase_followers(disk, survey, followers, journal)?;
+            unlink(disk, survey, *reader)?;
+            bytes
+        }
+    };
+    Ok(Outcome { bytes_freed, ..Outcome::default() })
+}
+
+/// `from` takes the name `to`, with the mode and owner that the file there had.
+fn replace(disk: &dyn Disk, from: &Path, to: &Path) -> Result<()> {
+    disk.copy_attributes(to, from).map_err(|e| Error::io("set the mode of", from, e))?;
+    disk.rename(from, to).map_err(|e| Error::io("rename", from, e))?;
+    for dir in [directory_of(to), directory_of(from)] {
+        disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
+    }
+    Ok(())
+}
+
+fn take_name(
+    disk: &dyn Disk,
+    survey: &Survey,
+    reader: usize,
+    name: &Path,
+    followers: &[Rebase],
+    journal: &mut Journal<'_>,
+) -> Result<()> {
+    let path = path_of(survey, reader);
+    if followers.is_empty() {
+        return replace(disk, path, name);
+    }
+    let second = &second_name(name);
+    if disk.stat(second).is_ok() {
+        disk.unlink(second).map_err(|e| Error::io("remove", second, e))?;
+    }
+    disk.link(path, second).map_err(|e| {
+        Error::io("give a second name to", path, e)
+            .hint("this file system has no hard links; delete with --keep child instead")
+    })?;
+    replace(disk, second, name)?;
+    rebase_followers(disk, survey, followers, journal)?;
+    drop_first_name(disk, &survey.directories, path)
+}
+
+/// The name that a file has for an instant before it takes `name`.
+pub(crate) fn second_name(name: &Path) -> PathBuf {
+    let mut second = name.as_os_str().to_owned();
+    second.push(".pleach-new");
+    PathBuf::from(second)
+}
+
+/// Removes the first name of a file that has its second one already, after a last look whether any image still names it.
+pub(crate) fn drop_first_name(disk: &dyn Disk, directories: &[PathBuf], path: &Path) -> Result<()> {
+    let real =
+        |p: &Path| disk.canonical(&directory_of(p)).ok().map(|d| d.join(p.file_name().unwrap_or_default()));
+    let trust = Trust { allowed: Vec::new(), everything: true };
+    let now = Survey::of_directories(disk, directories, &trust)?;
+    for file in &now.files {
+        let Some(backing) = file.header.as_ref().and_then(|h| h.backing()) else { continue };
+        if backing_path(&file.path, &backing.name).is_ok_and(|p| real(&p) == real(path)) {
+            let text = format!("the file is still read by \"{}\" under this name", file.path.display());
+            return Err(Error::new(ErrorKind::Refused, text).at(path));
+        }
+    }
+    disk.unlink(path).map_err(|e| Error::io("remove", path, e))?;
+    let dir = directory_of(path);
+    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))
+}
+
+fn rebase_followers(
+    disk: &dyn Disk,
+    survey: &Survey,
+    followers: &[Rebase],
+    journal: &mut Journal<'_>,
+) -> Result<()> {
+    for follower in followers {
+        let path = path_of(survey, follower.file);
+        let store = disk.open(path, Access::Write).map_err(|e| Error::io("open the image", path, e))?;
+        switch_backing(&*store, path, follower.backing.as_ref(), journal)?;
+    }
+    Ok(())
+}

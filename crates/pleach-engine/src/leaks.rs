@@ -1,0 +1,50 @@
+//! Giving back what an interrupted operation left counted but unused.
+
+use std::path::Path;
+
+use pleach_alloc::{Allocator, Place};
+use pleach_image::{Image, leaked};
+use pleach_store::Store;
+
+use crate::{Error, Result};
+
+/// Lowers the counts of every cluster that nothing refers to, and cuts the file behind the last one in use. Returns
+/// how many clusters were given back.
+///
+/// Safe at any instant: counts are only lowered to what the pointers say.
+///
+/// # Errors
+/// A damaged image, or what the system says.
+pub(crate) fn give_back(path: &Path, image: &Image) -> Result<u64> {
+    let wrap = |e| Error::image(path, e);
+    let store = &**image.store();
+    let mut allocator = Allocator::load(store, Place::of(image.header())).map_err(|e| wrap(e.into()))?;
+    let leaks = leaked(image).map_err(wrap)?;
+    for leak in &leaks {
+        allocator.set_count(leak.cluster, leak.references).map_err(|e| wrap(e.into()))?;
+    }
+    for write in allocator.take_writes().counts {
+        store.write_at(write.offset.0, &write.bytes).map_err(|e| Error::io("write refcounts of", path, e))?;
+    }
+    if !leaks.is_empty() {
+        store.barrier().map_err(|e| Error::io("flush the image", path, e))?;
+    }
+    cut(path, image, &mut allocator)?;
+    Ok(leaks.len() as u64)
+}
+
+/// Cuts clusters without a count off the end of the file.
+fn cut(path: &Path, image: &Image, allocator: &mut Allocator) -> Result<()> {
+    let store: &dyn Store = &**image.store();
+    let cluster = image.geometry().cluster_size();
+    let len = store.len().map_err(|e| Error::io("find the length of", path, e))?;
+    let mut end = len.div_ceil(cluster);
+    while end > 1 && allocator.count(pleach_format::HostCluster(end - 1)) == 0 {
+        end -= 1;
+    }
+    if end * cluster < len {
+        store.set_len(end * cluster).map_err(|e| Error::io("cut the end of", path, e))?;
+        store.barrier().map_err(|e| Error::io("flush the image", path, e))?;
+    }
+    Ok(())
+}

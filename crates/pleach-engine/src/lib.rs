@@ -1,0 +1,56 @@
+//! Everything that runs: look at images, plan, copy in parallel, publish, resume.
+//!
+//! A [`survey::Survey`] finds out which files read which; a [`family::Family`] is the same as a hierarchy of nodes;
+//! [`prepare`] plans a deletion over locked files; [`execute`] carries it out; [`resume()`] finishes what was
+//! interrupted. The order of writes of each operation is argued in `docs/crash-safety.md`.
+//!
+//! ```
+//! use pleach_engine::survey::{Survey, Trust};
+//! use pleach_engine::{DeleteRequest, Keep, Watch, execute, family::Family, prepare};
+//! use pleach_image::{CreateOptions, create};
+//! use pleach_lineage::DeleteMode;
+//! use pleach_store::RealDisk;
+//!
+//! let dir = tempfile::tempdir()?;
+//! let path = dir.path().join("A.qcow2");
+//! create(&RealDisk, &path, &CreateOptions { size: 1 << 20, ..CreateOptions::default() })?;
+//!
+//! let survey = Survey::of_directories(&RealDisk, &[dir.path().into()], &Trust::default())?;
+//! let family = Family::of(&survey, dir.path())?;
+//! let request =
+//!     DeleteRequest { name: "A".into(), mode: DeleteMode::Single, keep: Keep::Child, whole_tree: false };
+//! let prepared = prepare(&RealDisk, &survey, &family, &request, true)?;
+//! execute(&RealDisk, &survey, prepared, &Watch::new())?;
+//! assert!(!path.exists());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Not for: showing progress or asking questions; that is the caller's, through [`Watch`] and the plan.
+#![forbid(unsafe_code)]
+
+mod delete;
+mod error;
+mod execute;
+pub mod family;
+pub mod import;
+mod journal;
+mod leaks;
+mod names;
+mod open;
+mod resume;
+mod scan;
+mod sizes;
+pub mod survey;
+mod watch;
+
+pub use delete::{
+    DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, Work, prepare,
+};
+pub use error::{Error, ErrorKind, Result};
+pub use execute::{Outcome, execute};
+pub use journal::{Intent, JournalImage, pending};
+pub use open::{OpenFiles, open_one};
+pub use resume::{Resumed, resume};
+pub use scan::{is_zero, layer_runs, zero_clusters};
+pub use sizes::{Sizes, sizes};
+pub use watch::Watch;

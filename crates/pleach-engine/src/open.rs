@@ -1,0 +1,78 @@
+//! Opening the files of a survey, each once, locked for what it will be used for.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use pleach_image::{Chain, Image, Layer, RawImage};
+use pleach_store::{Access, Disk, Role};
+
+use crate::survey::{FileFormat, Survey, SurveyFile};
+use crate::{Error, ErrorKind, Result};
+
+/// Open files, by index into [`Survey::files`].
+///
+/// Locks belong to the open file: every file is opened once, for the strongest role that it will have.
+#[derive(Debug)]
+pub struct OpenFiles {
+    layers: BTreeMap<usize, Arc<Layer>>,
+}
+
+impl OpenFiles {
+    /// Opens and locks files in a fixed order, and makes sure that they still are what the survey saw.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`] if another process excludes the role; a file that changed since the survey.
+    pub fn open(disk: &dyn Disk, survey: &Survey, roles: &BTreeMap<usize, Role>) -> Result<Self> {
+        let mut layers = BTreeMap::new();
+        for (&index, &role) in roles {
+            let Some(file) = survey.files.get(index) else { continue };
+            layers.insert(index, Arc::new(open_one(disk, file, role)?));
+        }
+        Ok(Self { layers })
+    }
+
+    /// One open file.
+    ///
+    /// # Panics
+    /// If the file was not among those opened, which is a defect of the caller.
+    pub fn layer(&self, index: usize) -> &Arc<Layer> {
+        self.layers.get(&index).expect("opened with the others")
+    }
+
+    /// The chain of files `indexes`, top first.
+    pub fn chain(&self, indexes: &[usize]) -> Chain {
+        Chain::new(indexes.iter().map(|&i| Arc::clone(self.layer(i))).collect())
+    }
+}
+
+/// Opens one file of a survey.
+///
+/// # Errors
+/// As [`OpenFiles::open`].
+pub fn open_one(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Layer> {
+    let access = if role == Role::Write { Access::Write } else { Access::Read };
+    let path = &file.path;
+    let store = disk.open(path, access).map_err(|e| Error::io("open the image", path, e))?;
+    store.lock(role).map_err(|e| Error::lock(path, e))?;
+    let stat = store.stat().map_err(|e| Error::io("look at the image", path, e))?;
+    if stat.id != file.stat.id {
+        return Err(changed(path, "another file has its name now"));
+    }
+    match file.format {
+        FileFormat::Raw => RawImage::open(store).map(Layer::Raw).map_err(|e| Error::image(path, e)),
+        FileFormat::Qcow2 => {
+            let image = Image::open(store).map_err(|e| Error::image(path, e))?;
+            if file.header.as_ref() != Some(image.header()) {
+                return Err(changed(path, "its header is another"));
+            }
+            Ok(Layer::Qcow2(image))
+        }
+    }
+}
+
+fn changed(path: &Path, what: &str) -> Error {
+    Error::new(ErrorKind::Failed, format!("the image was changed by somebody else meanwhile: {what}"))
+        .at(path)
+        .hint("try again")
+}

@@ -1,0 +1,221 @@
+//! Finishing what was interrupted. The images say how far it got; the journal says what was meant.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use pleach_image::{Image, Layer, backing_path, read_head};
+use pleach_store::{Access, Disk, FileId, Role, Store};
+
+use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
+use crate::execute::{drop_first_name, go_on, nobody_reads, second_name, switch_backing};
+use crate::journal::{Contents, Intent, Journal, JournalImage, directory_of, pending};
+use crate::leaks::give_back;
+use crate::names::renamed;
+use crate::survey::{FileFormat, Survey, Trust};
+use crate::watch::Watch;
+use crate::{Error, ErrorKind, Result};
+
+/// What became of one interrupted operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resumed {
+    /// Its journal.
+    pub journal: PathBuf,
+    /// What was done about it, for people.
+    pub what: String,
+}
+
+/// Finishes every interrupted operation whose journal lies in one of `directories`.
+///
+/// May be interrupted itself, at any instant, and run again.
+///
+/// # Errors
+/// What keeps an operation from being finished; its journal stays.
+pub fn resume(disk: &dyn Disk, directories: &[PathBuf], watch: &Watch) -> Result<Vec<Resumed>> {
+    let mut done = Vec::new();
+    for dir in directories {
+        for path in pending(disk, dir)? {
+            let (mut journal, contents) = Journal::reopen(disk, &path)?;
+            let what = finish(disk, &mut journal, &contents, watch)?;
+            journal.end()?;
+            done.push(Resumed { journal: path, what });
+        }
+    }
+    Ok(done)
+}
+
+fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch: &Watch) -> Result<String> {
+    mend_headers(disk, contents)?;
+    match &contents.intent {
+        None => Ok("nothing had begun".to_owned()),
+        Some(Intent::Remove { files, directories }) => {
+            for file in files {
+                if is_there(disk, file) {
+                    nobody_reads(disk, directories, id_of(file), &[])?;
+                    remove(disk, &file.path)?;
+                }
+            }
+            Ok(format!("removed {} files", files.len()))
+        }
+        Some(Intent::Merge { victim, dependents, committed, renamed, followers, directories }) => {
+            let merge = MergeIntent {
+                victim,
+                dependents,
+                committed: committed.as_ref(),
+                renamed: renamed.as_ref(),
+                followers,
+                directories,
+            };
+            merge.finish(disk, journal, watch)?;
+            Ok(format!("deleted \"{}\"", victim.path.display()))
+        }
+    }
+}
+
+struct MergeIntent<'a> {
+    victim: &'a JournalImage,
+    dependents: &'a [JournalImage],
+    committed: Option<&'a JournalImage>,
+    renamed: Option<&'a JournalImage>,
+    followers: &'a [JournalImage],
+    directories: &'a [PathBuf],
+}
+
+impl MergeIntent<'_> {
+    fn finish(&self, disk: &dyn Disk, journal: &mut Journal<'_>, watch: &Watch) -> Result<()> {
+        if let (Some(reader), None) = (self.renamed, self.committed)
+            && disk.stat(&self.victim.path).is_ok_and(|s| s.id == id_of(reader))
+        {
+            return self.finish_taking_the_name(disk, reader, journal);
+        }
+        let leftover = second_name(&self.victim.path);
+        if let Some(reader) = self.renamed
+            && disk.stat(&leftover).is_ok_and(|s| s.id == id_of(reader))
+        {
+            remove(disk, &leftover)?;
+        }
+        if self.names_are_done(disk) {
+            return Ok(());
+        }
+        if !is_there(disk, self.victim) {
+            return Err(Error::new(
+                ErrorKind::Failed,
+                "the file is not the one that the interrupted operation began with; nothing was changed",
+            )
+            .at(&self.victim.path)
+            .hint("if the images are as they should be, remove the journal"));
+        }
+        self.give_back_leaks(disk)?;
+        let trust = Trust { allowed: Vec::new(), everything: true };
+        let survey = Survey::of_directories(disk, self.directories, &trust)?;
+        let victim = survey
+            .find_id(id_of(self.victim))
+            .ok_or_else(|| Error::new(ErrorKind::Failed, "the image cannot be read").at(&self.victim.path))?;
+        let decided = Decided {
+            committed: self.committed.map(id_of),
+            renamed: self.renamed.map(id_of),
+            followers: self.followers.iter().map(id_of).collect::<BTreeSet<_>>(),
+            fixed: true,
+        };
+        let keep = if self.renamed.is_some() { Keep::Parent(None) } else { Keep::Child };
+        let (open, merges, naming) = plan_single(disk, &survey, victim, &keep, &decided, true)?;
+        let plan = DeletePlan {
+            node: String::new(),
+            removes: Vec::new(),
+            single: Some((victim, merges, naming)),
+            reparented: Vec::new(),
+            bytes_freed: 0,
+        };
+        go_on(disk, &survey, &Prepared { plan, open }, journal, watch).map(drop)
+    }
+
+    /// Whether nothing is left but the journal.
+    fn names_are_done(&self, disk: &dyn Disk) -> bool {
+        match (self.committed, self.renamed) {
+            (Some(reader), None) => {
+                disk.stat(&reader.path).is_ok_and(|s| s.id == id_of(self.victim))
+                    && !is_there(disk, self.victim)
+            }
+            (Some(reader), Some(_)) => !is_there(disk, reader) && is_there(disk, self.victim),
+            (None, _) => disk.stat(&self.victim.path).is_err(),
+        }
+    }
+
+    /// The reader's file has the victim's name; its followers and its first name are left.
+    fn finish_taking_the_name(
+        &self,
+        disk: &dyn Disk,
+        reader: &JournalImage,
+        journal: &mut Journal<'_>,
+    ) -> Result<()> {
+        for follower in self.followers {
+            let store = open(disk, &follower.path)?;
+            let head = read_head(&*store).map_err(|e| Error::image(&follower.path, e))?;
+            let old = head.header.backing();
+            let named = old.and_then(|b| backing_path(&follower.path, &b.name).ok());
+            if named.is_some_and(|p| p.file_name() == reader.path.file_name()) {
+                let new = renamed(disk, &follower.path, old, &self.victim.path, FileFormat::Qcow2)?;
+                switch_backing(&*store, &follower.path, Some(&new), journal)?;
+            }
+        }
+        if is_there(disk, reader) {
+            drop_first_name(disk, self.directories, &reader.path)?;
+        }
+        Ok(())
+    }
+
+    /// Clusters that were counted but not yet used, in every file that was written.
+    fn give_back_leaks(&self, disk: &dyn Disk) -> Result<()> {
+        let victim = self.committed.map(|_| self.victim);
+        for image in self.dependents.iter().chain(victim) {
+            if !is_there(disk, image) {
+                continue;
+            }
+            let store = open(disk, &image.path)?;
+            let mut magic = [0; 4];
+            store.read_at(0, &mut magic).map_err(|e| Error::io("read", &image.path, e))?;
+            if magic != *b"QFI\xfb" {
+                // A raw file has no counts.
+                continue;
+            }
+            let layer = Layer::Qcow2(Image::open(store).map_err(|e| Error::image(&image.path, e))?);
+            if let Some(opened) = layer.image() {
+                give_back(&image.path, opened)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open(disk: &dyn Disk, path: &Path) -> Result<std::sync::Arc<dyn Store>> {
+    let store = disk.open(path, Access::Write).map_err(|e| Error::io("open the image", path, e))?;
+    store.lock(Role::Write).map_err(|e| Error::lock(path, e))?;
+    Ok(store)
+}
+
+fn remove(disk: &dyn Disk, path: &Path) -> Result<()> {
+    disk.unlink(path).map_err(|e| Error::io("remove", path, e))?;
+    let dir = directory_of(path);
+    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))
+}
+
+fn id_of(image: &JournalImage) -> FileId {
+    FileId { device: image.device, inode: image.inode }
+}
+
+fn is_there(disk: &dyn Disk, image: &JournalImage) -> bool {
+    disk.stat(&image.path).is_ok_and(|s| s.id == id_of(image))
+}
+
+/// Rewrites headers whose recorded write was torn: they do not parse, and the record says what they should be.
+fn mend_headers(disk: &dyn Disk, contents: &Contents) -> Result<()> {
+    for (path, bytes) in &contents.headers {
+        let Ok(store) = disk.open(path, Access::Write) else { continue };
+        if read_head(&*store).is_ok() {
+            continue;
+        }
+        store.lock(Role::Write).map_err(|e| Error::lock(path, e))?;
+        store.write_at(0, bytes).map_err(|e| Error::io("write the header of", path, e))?;
+        store.barrier().map_err(|e| Error::io("flush", path, e))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,103 @@
+//! Reading what layers say, in parallel over L1 slots.
+
+use std::path::Path;
+
+use pleach_format::{GuestOffset, HostOffset, Mapping, RunList};
+use pleach_image::{Chain, Image, Layer};
+use pleach_plan::{Content, Cover};
+use rayon::prelude::*;
+
+use crate::{Error, Result};
+
+/// What a layer says about its whole virtual disk.
+///
+/// # Errors
+/// Damage in its tables, or a feature that keeps it from being read.
+pub fn layer_runs(path: &Path, layer: &Layer) -> Result<RunList> {
+    match layer {
+        Layer::Qcow2(image) => image_runs(image).map_err(|e| Error::image(path, e)),
+        Layer::Raw(raw) => {
+            let mut runs = RunList::new();
+            let data =
+                raw.store().data_ranges(0..raw.size()).map_err(|e| Error::io("find the data of", path, e))?;
+            let mut at = 0;
+            for range in data {
+                runs.push(GuestOffset(at), range.start - at, Mapping::Zero);
+                runs.push(
+                    GuestOffset(range.start),
+                    range.end - range.start,
+                    Mapping::Data(HostOffset(range.start)),
+                );
+                at = range.end;
+            }
+            runs.push(GuestOffset(at), raw.size() - at, Mapping::Zero);
+            Ok(runs)
+        }
+    }
+}
+
+fn image_runs(image: &Image) -> Result<RunList, pleach_image::ImageError> {
+    image.check_readable()?;
+    let slots = usize::try_from(image.geometry().required_l1(image.size())).unwrap_or(usize::MAX);
+    let parts: Vec<RunList> =
+        (0..slots.min(image.l1().len())).into_par_iter().map(|i| image.runs(i)).collect::<Result<_, _>>()?;
+    let mut all = RunList::new();
+    for part in parts {
+        all.append(part);
+    }
+    Ok(all)
+}
+
+/// The content of a chain whose covers, top first, are known.
+pub(crate) fn content_of<'a>(covers: impl DoubleEndedIterator<Item = &'a Cover>) -> Content {
+    covers.rev().fold(Content::none(), |below, cover| below.under(cover))
+}
+
+/// Which of the guest clusters read as zeros; `clusters` are indexes of clusters of `1 << bits` bytes.
+///
+/// # Errors
+/// What reading says.
+pub fn zero_clusters(path: &Path, chain: &Chain, bits: u32, clusters: &[u64]) -> Result<Vec<bool>> {
+    let cluster = 1usize << bits;
+    clusters
+        .par_iter()
+        .map_init(
+            || vec![0; cluster],
+            |buf, &index| {
+                // Nearly every cluster with data shows it at its start.
+                let (head, tail) = buf.split_at_mut(cluster.min(4096));
+                let at = index << bits;
+                let read = |at, part: &mut [u8]| chain.read_at(at, part).map_err(|e| Error::image(path, e));
+                read(at, head)?;
+                if !is_zero(head) {
+                    return Ok(false);
+                }
+                read(at + head.len() as u64, tail)?;
+                Ok(is_zero(tail))
+            },
+        )
+        .collect()
+}
+
+/// Whether all bytes are zero; 256 bytes a step, so that the compiler uses wide registers.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let (blocks, rest) = bytes.as_chunks::<256>();
+    blocks.iter().all(|block| block.iter().fold(0, |all, &byte| all | byte) == 0)
+        && rest.iter().all(|&byte| byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_detection_sees_every_byte() {
+        let mut bytes = vec![0; 1000];
+        assert!(is_zero(&bytes) && is_zero(&[]));
+        for i in 0..bytes.len() {
+            bytes[i] = 0x80;
+            assert!(!is_zero(&bytes), "{i}");
+            bytes[i] = 0;
+        }
+    }
+}

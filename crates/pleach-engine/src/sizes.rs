@@ -1,0 +1,297 @@
+//! What each node takes, what deleting it would give back, and what that would write.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use pleach_format::RunList;
+use pleach_image::{Chain, Layer};
+use pleach_lineage::NodeId;
+use pleach_plan::{Content, Cover, Need, Summary, Target, candidates, commit, pull, settle};
+use pleach_store::{Disk, Role};
+use rayon::prelude::*;
+
+use crate::delete::{can_merge_down, data_extents, shape_of};
+use crate::family::{Family, State};
+use crate::open::open_one;
+use crate::scan::{layer_runs, zero_clusters};
+use crate::survey::{Backing, FileFormat, Survey, SurveyFile};
+use crate::{Error, Result};
+
+/// The figures of one node, in bytes.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// What it takes on disk: an external node's file; an internal one's clusters, shared ones included.
+    pub on_disk: u64,
+    /// What of that no other node reads: clusters that only this node reads, and those that none does.
+    pub freed_if_deleted: u64,
+    /// Guest data that deleting the node, with default options, writes into other files; `None` where that is refused.
+    pub written_if_deleted: Option<u64>,
+}
+
+/// What is known of one file after one look at all its tables.
+struct Scanned {
+    runs: RunList,
+    cover: Cover,
+    shape: Option<Target>,
+    no_bitmaps: bool,
+    writable: bool,
+    cluster: u64,
+    allocated: Vec<Range<u64>>,
+    snapshots: Vec<StateClusters>,
+}
+
+/// Host clusters of one internal state, sorted, each once.
+type StateClusters = Vec<u64>;
+
+/// The figures of every node.
+///
+/// # Errors
+/// Damage in an image's tables; a file that cannot be opened.
+pub fn sizes(disk: &dyn Disk, survey: &Survey, family: &Family) -> Result<BTreeMap<NodeId, Sizes>> {
+    let nodes: Vec<usize> = (0..survey.files.len()).filter(|&i| family.node_of_file(i).is_some()).collect();
+    let scanned: BTreeMap<usize, Scanned> = nodes
+        .par_iter()
+        .map(|&i| {
+            let file =
+                survey.files.get(i).ok_or_else(|| Error::new(crate::ErrorKind::NotFound, "no such file"))?;
+            Ok((i, scan(disk, file)?))
+        })
+        .collect::<Result<_>>()?;
+    let below = contents(survey, family, &scanned);
+    let measured: Vec<(NodeId, Sizes)> = family
+        .lineage
+        .ids()
+        .collect::<Vec<_>>()
+        .par_iter()
+        .map(|&id| match family.state(id) {
+            Some(State::File(i)) => Ok(Some((id, of_file(disk, survey, &scanned, &below, i)?))),
+            Some(State::Snapshot(i, k)) => Ok(scanned.get(&i).map(|s| (id, of_snapshot(s, k)))),
+            None => Ok(None),
+        })
+        .collect::<Result<Vec<_>>>()?
+        .into_iter()
+        .flatten()
+        .collect();
+    Ok(measured.into_iter().collect())
+}
+
+fn scan(disk: &dyn Disk, file: &SurveyFile) -> Result<Scanned> {
+    let layer = open_one(disk, file, Role::Look)?;
+    let path = &file.path;
+    let runs = layer_runs(path, &layer)?;
+    let len = layer.store().len().map_err(|e| Error::io("find the length of", path, e))?;
+    let image = layer.image();
+    Ok(Scanned {
+        cover: Cover::of_runs(layer.size(), &runs),
+        runs,
+        shape: image.map(|i| shape_of(i, i.size())),
+        no_bitmaps: image.is_none_or(|i| i.bitmaps().is_ok_and(|b| b.is_empty())),
+        writable: image.is_none_or(|i| i.check_writable().is_ok()),
+        cluster: image.map_or(4096, |i| i.geometry().cluster_size()),
+        allocated: layer.store().data_ranges(0..len).map_err(|e| Error::io("find the data of", path, e))?,
+        snapshots: match image {
+            Some(image) if !file.snapshots.is_empty() => {
+                image.snapshot_clusters().map_err(|e| Error::image(path, e))?
+            }
+            _ => Vec::new(),
+        },
+    })
+}
+
+/// The content below each file, computed once along the tree.
+fn contents(
+    survey: &Survey,
+    family: &Family,
+    scanned: &BTreeMap<usize, Scanned>,
+) -> BTreeMap<usize, Arc<Content>> {
+    let mut whole: BTreeMap<usize, Arc<Content>> = BTreeMap::new();
+    let mut below = BTreeMap::new();
+    for (_, id) in family.lineage.depth_first() {
+        let Some(State::File(i)) = family.state(id) else { continue };
+        let under = match survey.files.get(i).map(|f| &f.backing) {
+            Some(Backing::File(b)) => whole.get(b).cloned().unwrap_or_default(),
+            _ => Arc::default(),
+        };
+        if let Some(s) = scanned.get(&i) {
+            whole.insert(i, Arc::new(under.under(&s.cover)));
+        }
+        below.insert(i, under);
+    }
+    below
+}
+
+fn of_file(
+    disk: &dyn Disk,
+    survey: &Survey,
+    scanned: &BTreeMap<usize, Scanned>,
+    below: &BTreeMap<usize, Arc<Content>>,
+    index: usize,
+) -> Result<Sizes> {
+    let (Some(file), Some(own)) = (survey.files.get(index), scanned.get(&index)) else {
+        return Err(Error::new(crate::ErrorKind::NotFound, "no such file"));
+    };
+    let readers: Vec<&Scanned> = file.dependents.iter().filter_map(|d| scanned.get(d)).collect();
+    let shared = shared_ranges(own, &readers);
+    let on_disk = file.stat.allocated;
+    let freed_if_deleted = on_disk.saturating_sub(allocated_within(&own.allocated, &shared));
+    let inside = |f: &SurveyFile| !f.snapshots.is_empty();
+    let holds = inside(file) || file.dependents.iter().filter_map(|&d| survey.files.get(d)).any(inside);
+    let written_if_deleted = if holds {
+        None
+    } else {
+        let content = below.get(&index).cloned().unwrap_or_default();
+        written(disk, survey, scanned, &content, index)?
+    };
+    Ok(Sizes { on_disk, freed_if_deleted, written_if_deleted })
+}
+
+/// The host ranges of a file's data that another node reads: a dependent that says nothing there, or an internal
+/// snapshot of the same file. Whole clusters, in order, not overlapping.
+fn shared_ranges(own: &Scanned, readers: &[&Scanned]) -> Vec<Range<u64>> {
+    let mut ranges = Vec::new();
+    for (host, guest) in data_extents(&own.runs) {
+        for reader in readers {
+            for seen in reader.cover.transparent(guest.clone()) {
+                if host.end - host.start == guest.end - guest.start {
+                    let from = (host.start + (seen.start - guest.start)) & !(own.cluster - 1);
+                    let to = (host.start + (seen.end - guest.start)).next_multiple_of(own.cluster);
+                    ranges.push(from.max(host.start & !(own.cluster - 1))..to);
+                } else {
+                    ranges.push(host.clone());
+                }
+            }
+        }
+    }
+    for state in &own.snapshots {
+        ranges.extend(state.iter().map(|c| c * own.cluster..(c + 1) * own.cluster));
+    }
+    ranges.sort_by_key(|r| r.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if last.end >= range.start => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+/// Bytes that both lists cover; both are in order.
+fn allocated_within(allocated: &[Range<u64>], ranges: &[Range<u64>]) -> u64 {
+    let mut sum = 0;
+    let mut at = 0;
+    for range in ranges {
+        while allocated.get(at).is_some_and(|a| a.end <= range.start) {
+            at += 1;
+        }
+        for a in allocated.get(at..).unwrap_or(&[]).iter().take_while(|a| a.start < range.end) {
+            sum += a.end.min(range.end) - a.start.max(range.start);
+        }
+    }
+    sum
+}
+
+/// What deleting a file's active state writes by default; the same choice as the planner of the deletion makes.
+fn written(
+    disk: &dyn Disk,
+    survey: &Survey,
+    scanned: &BTreeMap<usize, Scanned>,
+    content: &Content,
+    index: usize,
+) -> Result<Option<u64>> {
+    let (Some(file), Some(own)) = (survey.files.get(index), scanned.get(&index)) else { return Ok(None) };
+    let mut sum = 0;
+    for &dependent in &file.dependents {
+        let Some(over) = scanned.get(&dependent) else { return Ok(None) };
+        let Some(shape) = over.shape.filter(|_| over.writable) else { return Ok(None) };
+        let pair = Pair { disk, survey, content, victim: index, reader: dependent };
+        let pulled = pair.cost(shape, &pull(shape, &over.cover, &own.cover, content))?;
+        let down = own.shape.filter(|_| {
+            file.dependents.len() == 1
+                && file.format == FileFormat::Qcow2
+                && own.writable
+                && own.no_bitmaps
+                && over.no_bitmaps
+                && survey.files.get(dependent).is_some_and(|r| can_merge_down(disk, file, r))
+                && over.cover.size() >= own.cover.size()
+        });
+        sum += match down {
+            None => pulled,
+            Some(shape) => {
+                let shape = Target { size: over.cover.size(), ..shape };
+                let plain = Cover::of_plain_data(own.cover.size(), &own.runs);
+                let needs = commit(shape, &over.cover, &own.cover, &plain, content);
+                pulled.min(pair.cost(shape, &needs)?)
+            }
+        };
+    }
+    Ok(Some(sum))
+}
+
+struct Pair<'a> {
+    disk: &'a dyn Disk,
+    survey: &'a Survey,
+    content: &'a Content,
+    victim: usize,
+    reader: usize,
+}
+
+impl Pair<'_> {
+    fn cost(&self, shape: Target, needs: &[Need]) -> Result<u64> {
+        let asked: Vec<u64> = candidates(needs).collect();
+        if asked.is_empty() {
+            return Ok(Summary::of(shape, needs).bytes_written);
+        }
+        let bytes = |c: u64| c << shape.cluster_bits..(c + 1) << shape.cluster_bits;
+        // The layers below matter only where they hold something.
+        let deep = asked.iter().any(|&c| self.content.touches(&bytes(c)));
+        let mut files = vec![self.reader];
+        files.extend(self.survey.chain(self.victim)?.into_iter().take(if deep { usize::MAX } else { 1 }));
+        let layers = files
+            .iter()
+            .filter_map(|&i| self.survey.files.get(i))
+            .map(|f| open_one(self.disk, f, Role::Look).map(Arc::new))
+            .collect::<Result<Vec<Arc<Layer>>>>()?;
+        let path = self.survey.files.get(self.victim).map(|f| f.path.clone()).unwrap_or_default();
+        let zero = zero_clusters(&path, &Chain::new(layers), shape.cluster_bits, &asked)?;
+        Ok(Summary::of(shape, &settle(needs, zero)).bytes_written)
+    }
+}
+
+/// An internal snapshot: its clusters; of them, those that neither the active state nor another snapshot uses.
+fn of_snapshot(file: &Scanned, index: usize) -> Sizes {
+    let empty = Vec::new();
+    let own = file.snapshots.get(index).unwrap_or(&empty);
+    let mut others: Vec<u64> = file
+        .snapshots
+        .iter()
+        .enumerate()
+        .filter(|(i, _)| *i != index)
+        .flat_map(|(_, clusters)| clusters.iter().copied())
+        .chain(
+            data_extents(&file.runs)
+                .flat_map(|(host, _)| host.start / file.cluster..host.end.div_ceil(file.cluster)),
+        )
+        .collect();
+    others.sort_unstable();
+    let exclusive = own.iter().filter(|c| others.binary_search(c).is_err()).count() as u64;
+    Sizes {
+        on_disk: own.len() as u64 * file.cluster,
+        freed_if_deleted: exclusive * file.cluster,
+        written_if_deleted: Some(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn intersections() {
+        let allocated = [0..10, 20..30, 40..50];
+        assert_eq!(allocated_within(&allocated, &[5..25, 45..100]), 5 + 5 + 5);
+        assert_eq!(allocated_within(&allocated, &[0..2, 4..6, 29..41]), 2 + 2 + 1 + 1);
+        assert_eq!(allocated_within(&[], &[0..10]), 0);
+    }
+}

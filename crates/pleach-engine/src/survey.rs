@@ -1,0 +1,441 @@
+//! Which images there are, and which file each of them reads: found by looking, not by trusting names.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use pleach_format::{Header, SnapshotRecord};
+use pleach_image::{Image, backing_path, escape, read_head};
+use pleach_lineage::Reads;
+use pleach_store::{Access, Disk, FileId, FileKind, Stat, Store};
+
+use crate::{Error, ErrorKind, Result};
+
+/// What images may make us open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// Directories, besides those that were named, whose files may be opened when an image names them.
+    pub allowed: Vec<PathBuf>,
+    /// Open whatever local file an image names.
+    pub everything: bool,
+}
+
+/// How the bytes of a file are to be read.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum FileFormat {
+    /// A qcow2 image.
+    Qcow2,
+    /// Plain bytes.
+    Raw,
+}
+
+impl FileFormat {
+    /// QEMU's name for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qcow2 => "qcow2",
+            Self::Raw => "raw",
+        }
+    }
+}
+
+/// The backing file of an image, as far as it could be followed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// The image stands alone.
+    None,
+    /// The file with this index in [`Survey::files`].
+    File(usize),
+    /// The header names a file that was not followed, and why.
+    Broken {
+        /// The name, escaped.
+        name: String,
+        /// Why it was not followed.
+        why: Why,
+        /// The file that the name leads to, where there is one: it may be read although we do not.
+        id: Option<FileId>,
+    },
+}
+
+/// Why a backing file name was not followed.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// No such file.
+    Missing,
+    /// `json:` or a protocol.
+    NotAPath,
+    /// The header does not say what format the file has.
+    NoFormat,
+    /// A format that is neither qcow2 nor raw.
+    Format,
+    /// The file lies outside the directories that may be read.
+    Outside,
+    /// The file is not a regular file, or cannot be opened.
+    Unreadable,
+}
+
+/// One image file.
+#[derive(Debug)]
+pub struct SurveyFile {
+    /// How it was reached first.
+    pub path: PathBuf,
+    /// The file itself.
+    pub stat: Stat,
+    /// How its bytes are read.
+    pub format: FileFormat,
+    /// The header of a qcow2 image.
+    pub header: Option<Header>,
+    /// Internal snapshots of a qcow2 image.
+    pub snapshots: Vec<SnapshotRecord>,
+    /// What it stands on.
+    pub backing: Backing,
+    /// Files that read it, by index, in order.
+    pub dependents: Vec<usize>,
+}
+
+/// A file with the qcow2 magic that could not be read as an image.
+#[derive(Debug)]
+pub struct BrokenImage {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The file itself.
+    pub id: FileId,
+    /// The backing file that its header seems to name, if that could be made out.
+    pub reads: Option<FileId>,
+    /// What is wrong.
+    pub error: Error,
+}
+
+/// Everything found.
+#[derive(Debug, Default)]
+pub struct Survey {
+    /// The images, and the files that they read.
+    pub files: Vec<SurveyFile>,
+    /// Files with the magic that are no readable images.
+    pub broken: Vec<BrokenImage>,
+    /// Directories that were searched for dependents.
+    pub directories: Vec<PathBuf>,
+    by_id: HashMap<FileId, usize>,
+    roots: Vec<PathBuf>,
+    everything: bool,
+}
+
+impl Survey {
+    /// Looks at every image in `directories`, and at what they stand on.
+    ///
+    /// # Errors
+    /// A directory that cannot be read. Images that cannot be read are part of the result.
+    pub fn of_directories(disk: &dyn Disk, directories: &[PathBuf], trust: &Trust) -> Result<Self> {
+        let mut survey = Self { everything: trust.everything, ..Self::default() };
+        for dir in directories.iter().chain(&trust.allowed) {
+            let root = disk.canonical(dir).map_err(|e| Error::io("find the directory", dir, e))?;
+            survey.roots.push(root);
+        }
+        for dir in directories {
+            survey.add_directory(disk, dir)?;
+        }
+        survey.link(disk);
+        Ok(survey)
+    }
+
+    /// The file at `path`, if it was found.
+    pub fn find(&self, disk: &dyn Disk, path: &Path) -> Option<usize> {
+        let id = disk.stat(path).ok()?.id;
+        self.by_id.get(&id).copied()
+    }
+
+    /// The file with that identity, if it was found.
+    pub fn find_id(&self, id: FileId) -> Option<usize> {
+        self.by_id.get(&id).copied()
+    }
+
+    /// Adds the images of one more directory, and whatever they stand on.
+    ///
+    /// # Errors
+    /// As [`of_directories`](Self::of_directories).
+    pub fn also_directory(&mut self, disk: &dyn Disk, dir: &Path) -> Result<()> {
+        let known: Vec<_> = self.directories.iter().filter_map(|d| disk.canonical(d).ok()).collect();
+        if disk.canonical(dir).is_ok_and(|d| known.contains(&d)) {
+            return Ok(());
+        }
+        self.add_directory(disk, dir)?;
+        self.link(disk);
+        Ok(())
+    }
+
+    /// The files from `file` down to the root of its chain, `file` first.
+    ///
+    /// # Errors
+    /// A loop, or a backing file that could not be followed.
+    pub fn chain(&self, file: usize) -> Result<Vec<usize>> {
+        let mut chain = vec![file];
+        let mut at = file;
+        while let Some(f) = self.files.get(at) {
+            match &f.backing {
+                Backing::None => break,
+                Backing::File(next) if chain.contains(next) => {
+                    let next =
+                        self.files.get(*next).map(|f| f.path.display().to_string()).unwrap_or_default();
+                    return Err(Error::new(
+                        ErrorKind::Failed,
+                        format!("the backing files form a loop: back at \"{next}\""),
+                    )
+                    .at(&f.path)
+                    .hint("give one of them its right backing file (qemu-img rebase -u)"));
+                }
+                Backing::File(next) => {
+                    chain.push(*next);
+                    at = *next;
+                }
+                Backing::Broken { name, why, .. } => return Err(broken(&f.path, name, *why)),
+            }
+        }
+        Ok(chain)
+    }
+
+    /// Who reads whom, for every link that could be followed.
+    pub fn reads(&self) -> Vec<Reads<FileId>> {
+        let mut reads = Vec::new();
+        for file in &self.files {
+            let read = match &file.backing {
+                Backing::File(index) => self.files.get(*index).map(|f| f.stat.id),
+                Backing::Broken { id, .. } => *id,
+                Backing::None => None,
+            };
+            if let Some(read) = read {
+                reads.push(Reads { reader: file.stat.id, read });
+            }
+        }
+        for broken in &self.broken {
+            if let Some(read) = broken.reads {
+                reads.push(Reads { reader: broken.id, read });
+            }
+        }
+        reads
+    }
+
+    fn add_directory(&mut self, disk: &dyn Disk, dir: &Path) -> Result<()> {
+        let entries = disk.list(dir).map_err(|e| Error::io("read the directory", dir, e))?;
+        self.directories.push(dir.to_owned());
+        for path in entries {
+            let partial = path
+                .file_name()
+                .is_some_and(|n| n.as_bytes().starts_with(b".") && n.as_bytes().ends_with(b".partial"));
+            if partial || disk.is_symlink(&path) {
+                continue;
+            }
+            let Ok(stat) = disk.stat(&path) else { continue };
+            if stat.kind != FileKind::Regular || self.by_id.contains_key(&stat.id) {
+                continue;
+            }
+            // A file that cannot be opened is no image of ours; as a backing file it will be named.
+            let Ok(store) = disk.open(&path, Access::Read) else { continue };
+            if is_qcow2(&*store) {
+                self.add(path, stat, FileFormat::Qcow2, &*store, disk);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds a file, reading its header if it is qcow2. `None` for an unreadable image.
+    fn add(
+        &mut self,
+        path: PathBuf,
+        stat: Stat,
+        format: FileFormat,
+        store: &dyn Store,
+        disk: &dyn Disk,
+    ) -> Option<usize> {
+        let (header, snapshots) = match format {
+            FileFormat::Raw => (None, Vec::new()),
+            FileFormat::Qcow2 => match read_head(store).and_then(|head| {
+                let snapshots = Image::read_snapshots(store, &head.header)?;
+                Ok((head.header, snapshots))
+            }) {
+                Ok((header, snapshots)) => (Some(header), snapshots),
+                Err(e) => {
+                    let reads = seeming_backing(store).and_then(|name| {
+                        let target = backing_path(&path, &name).ok()?;
+                        disk.stat(&target).ok().map(|s| s.id)
+                    });
+                    let error = Error::image(&path, e);
+                    if self.broken.iter().all(|b| b.path != path) {
+                        self.broken.push(BrokenImage { path, id: stat.id, reads, error });
+                    }
+                    return None;
+                }
+            },
+        };
+        let index = self.files.len();
+        self.by_id.insert(stat.id, index);
+        let backing = Backing::None;
+        self.files.push(SurveyFile {
+            path,
+            stat,
+            format,
+            header,
+            snapshots,
+            backing,
+            dependents: Vec::new(),
+        });
+        Some(index)
+    }
+
+    /// Follows every backing file name, adding files until nothing new turns up.
+    fn link(&mut self, disk: &dyn Disk) {
+        for file in &mut self.files {
+            file.dependents.clear();
+        }
+        let mut at = 0;
+        while at < self.files.len() {
+            let backing = self.follow(disk, at);
+            if let Some(file) = self.files.get_mut(at) {
+                file.backing = backing;
+            }
+            at += 1;
+        }
+        self.settle_formats();
+        let edges: Vec<(usize, usize)> = self
+            .files
+            .iter()
+            .enumerate()
+            .filter_map(|(i, f)| match f.backing {
+                Backing::File(b) => Some((b, i)),
+                _ => None,
+            })
+            .collect();
+        for (backing, reader) in edges {
+            if let Some(file) = self.files.get_mut(backing) {
+                file.dependents.push(reader);
+            }
+        }
+        let paths: Vec<PathBuf> = self.files.iter().map(|f| f.path.clone()).collect();
+        for file in &mut self.files {
+            file.dependents.sort_by_key(|&d| paths.get(d));
+        }
+    }
+
+    fn follow(&mut self, disk: &dyn Disk, index: usize) -> Backing {
+        let Some(file) = self.files.get(index) else { return Backing::None };
+        let Some(named) = file.header.as_ref().and_then(|h| h.backing()) else { return Backing::None };
+        let named = named.clone();
+        let from = file.path.clone();
+        let broken = |why, id| Backing::Broken { name: escape(&named.name), why, id };
+        let Ok(path) = backing_path(&from, &named.name) else { return broken(Why::NotAPath, None) };
+        let Ok(stat) = disk.stat(&path) else { return broken(Why::Missing, None) };
+        let format = match named.format.as_deref() {
+            Some(b"qcow2") => FileFormat::Qcow2,
+            Some(b"raw") => FileFormat::Raw,
+            Some(_) => return broken(Why::Format, Some(stat.id)),
+            None => return broken(Why::NoFormat, Some(stat.id)),
+        };
+        if let Some(&known) = self.by_id.get(&stat.id) {
+            return match self.files.get(known) {
+                Some(f) if f.format == FileFormat::Raw && format == FileFormat::Qcow2 => {
+                    broken(Why::Unreadable, Some(stat.id))
+                }
+                _ => Backing::File(known),
+            };
+        }
+        if !self.allowed(disk, &path) {
+            return broken(Why::Outside, Some(stat.id));
+        }
+        let opened =
+            matches!(stat.kind, FileKind::Regular).then(|| disk.open(&path, Access::Read).ok()).flatten();
+        let Some(store) = opened else { return broken(Why::Unreadable, Some(stat.id)) };
+        match self.add(tidy(&path), stat, format, &*store, disk) {
+            Some(added) => Backing::File(added),
+            None => broken(Why::Unreadable, Some(stat.id)),
+        }
+    }
+
+    /// Whether a file that an image names may be opened: it lies, behind all links, under a directory that was named.
+    fn allowed(&self, disk: &dyn Disk, path: &Path) -> bool {
+        self.everything
+            || disk.canonical(path).is_ok_and(|real| self.roots.iter().any(|root| real.starts_with(root)))
+    }
+
+    /// A file that everybody reads as raw is raw, whatever its first bytes look like: a guest wrote them.
+    fn settle_formats(&mut self) {
+        let mut said: BTreeMap<usize, (bool, bool)> = BTreeMap::new();
+        for file in &self.files {
+            if let Backing::File(b) = file.backing {
+                let raw = file.header.as_ref().and_then(|h| h.backing()).and_then(|b| b.format.as_deref());
+                let entry = said.entry(b).or_default();
+                match raw {
+                    Some(b"raw") => entry.0 = true,
+                    _ => entry.1 = true,
+                }
+            }
+        }
+        for (index, (raw, qcow2)) in said {
+            if let Some(file) = self.files.get_mut(index)
+                && raw
+                && !qcow2
+            {
+                file.format = FileFormat::Raw;
+                file.header = None;
+                file.snapshots.clear();
+                file.backing = Backing::None;
+            }
+        }
+    }
+}
+
+/// The error for a backing file name that was not followed.
+pub fn broken(image: &Path, name: &str, why: Why) -> Error {
+    let error = |kind, text: String| Error::new(kind, text).at(image);
+    match why {
+        Why::Missing => error(ErrorKind::Failed, format!("backing file \"{name}\" is missing"))
+            .hint("put the file back, or name another one (qemu-img rebase -u)"),
+        Why::NotAPath => error(
+            ErrorKind::Unsupported,
+            format!("backing file name \"{name}\" is not a plain path; such names are never followed"),
+        ),
+        Why::NoFormat => error(
+            ErrorKind::Failed,
+            format!("the header does not say which format the backing file \"{name}\" has"),
+        )
+        .hint("record it: qemu-img rebase -u -F qcow2|raw -b NAME IMAGE; it is never guessed"),
+        Why::Format => error(
+            ErrorKind::Unsupported,
+            format!("backing file \"{name}\" has a format other than qcow2 and raw"),
+        ),
+        Why::Outside => error(
+            ErrorKind::Failed,
+            format!("backing file \"{name}\" lies outside the directories that may be read"),
+        )
+        .hint("allow its directory with --allow-dir DIR, or all of them with --trust"),
+        Why::Unreadable => {
+            error(ErrorKind::Failed, format!("backing file \"{name}\" cannot be read as an image"))
+        }
+    }
+}
+
+fn is_qcow2(store: &dyn Store) -> bool {
+    let mut magic = [0; 4];
+    store.read_at(0, &mut magic).is_ok() && magic == *b"QFI\xfb"
+}
+
+/// The backing file name that a header which does not parse still seems to have.
+fn seeming_backing(store: &dyn Store) -> Option<Vec<u8>> {
+    let mut head = [0; 24];
+    store.read_at(0, &mut head).ok()?;
+    let [_, offset, rest] = head.as_chunks::<8>().0 else { return None };
+    let offset = u64::from_be_bytes(*offset);
+    let len = u32::from_be_bytes(*rest.first_chunk::<4>()?);
+    if offset == 0 || len == 0 || len > 1023 || offset > 2 << 20 {
+        return None;
+    }
+    let mut name = vec![0; len as usize];
+    store.read_at(offset, &mut name).ok()?;
+    Some(name)
+}
+
+/// The path without `.` components; `..` stays, it may lead through a link.
+fn tidy(path: &Path) -> PathBuf {
+    let parts = path.components().filter(|c| !matches!(c, Component::CurDir));
+    let tidied: PathBuf = parts.collect();
+    if tidied.as_os_str().is_empty() { PathBuf::from(OsStr::new(".")) } else { tidied }
+}

@@ -1,0 +1,218 @@
+//! `pleach delete`
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use pleach_engine::family::{State, shown};
+use pleach_engine::survey::Survey;
+use pleach_engine::{
+    DeletePlan, DeleteRequest, Direction, Error, ErrorKind, Outcome, Rebase, Result, Watch, Work, execute,
+    prepare,
+};
+use pleach_image::escape;
+use pleach_lineage::DeleteMode;
+use pleach_store::RealDisk;
+use serde_json::{Value, json};
+
+use crate::args::DeleteArgs;
+use crate::confirm::confirm;
+use crate::progress::{Progress, Show};
+use crate::target::{Target, directory};
+use crate::{output, size};
+
+pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
+    if let Some(jobs) = args.jobs {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(jobs)
+            .build_global()
+            .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))?;
+    }
+    let target = Target::of(&args.target, &args.also)?;
+    let mut survey = target.survey(&args.trust.trust())?;
+    let mut family = target.family(&survey)?;
+    let node = family.resolve(&survey, &args.name)?;
+    // What stands on the node may lie beside it, wherever that is.
+    if let Some(State::File(index)) = family.state(node)
+        && let Some(home) = survey.files.get(index).map(|f| directory(&f.path))
+    {
+        survey.also_directory(&RealDisk, &home)?;
+        family = target.family(&survey)?;
+    }
+    let request = DeleteRequest {
+        name: args.name.clone(),
+        mode: match (args.children, args.children_only, args.metadata) {
+            (true, _, _) => DeleteMode::Children,
+            (_, true, _) => DeleteMode::ChildrenOnly,
+            (_, _, true) => DeleteMode::Metadata,
+            _ => DeleteMode::Single,
+        },
+        keep: args.keep.clone(),
+        whole_tree: args.yes_everything,
+    };
+    let prepared = prepare(&RealDisk, &survey, &family, &request, !args.dry_run)?;
+    let view = View { survey: &survey, base: &target.base, bytes: args.bytes };
+    if args.dry_run {
+        if args.json {
+            output::document(&json!({ "schema": 1, "plan": view.object(&prepared.plan, None) }));
+        } else {
+            output::print(&view.text(&prepared.plan));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.yes {
+        confirm(&view.text(&prepared.plan))?;
+    }
+    let plan = prepared.plan.clone();
+    let watch = Arc::new(Watch::new());
+    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let outcome = execute(&RealDisk, &survey, prepared, &watch);
+    drop(progress);
+    let outcome = outcome?;
+    if args.json {
+        output::document(&json!({ "schema": 1, "plan": view.object(&plan, Some(outcome)) }));
+    } else {
+        output::print(&view.done(&plan, outcome));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A plan for people and for programs.
+pub(crate) struct View<'a> {
+    pub(crate) survey: &'a Survey,
+    pub(crate) base: &'a Path,
+    pub(crate) bytes: bool,
+}
+
+impl View<'_> {
+    fn file(&self, index: usize) -> String {
+        self.survey.files.get(index).map(|f| self.path(&f.path)).unwrap_or_default()
+    }
+
+    fn path(&self, path: &Path) -> String {
+        shown(path, self.base)
+    }
+
+    fn size(&self, bytes: u64) -> String {
+        size::show(bytes, self.bytes)
+    }
+
+    fn backing(&self, rebase: &Rebase) -> Option<String> {
+        rebase.backing.as_ref().map(|b| escape(&b.name))
+    }
+
+    /// The plan as text, totals last.
+    pub(crate) fn text(&self, plan: &DeletePlan) -> String {
+        let mut out = format!("delete {}\n", plan.node);
+        let mut line = |what: &str, text: String| out.push_str(&format!("  {what:<8} {text}\n"));
+        for merge in plan.merges() {
+            let (into, of) = (self.file(merge.target), self.size(merge.bytes_written));
+            let victim = plan.single.as_ref().map(|s| self.file(s.0)).unwrap_or_default();
+            line(
+                "copy",
+                match merge.direction {
+                    Direction::Pull => format!("{of} into {into}: what it lacks of {victim}"),
+                    Direction::Commit => format!("{of} into {into}: what {} has", self.file(merge.reader)),
+                },
+            );
+        }
+        for rebase in plan.rebases() {
+            let file = self.file(rebase.file);
+            line(
+                "rebase",
+                match self.backing(&rebase) {
+                    Some(name) => format!("{file} onto {name}"),
+                    None => format!("{file} onto nothing"),
+                },
+            );
+        }
+        for (from, to) in plan.renames(self.survey) {
+            line("rename", format!("{} to {}", self.path(from), self.path(to)));
+        }
+        for path in plan.unlinks(self.survey) {
+            line("remove", self.path(path));
+        }
+        for (name, parent) in &plan.reparented {
+            line(
+                "parent",
+                match parent {
+                    Some(parent) => format!("of {name} is {parent}"),
+                    None => format!("{name} becomes a root"),
+                },
+            );
+        }
+        let (written, freed) = (self.size(plan.bytes_written()), self.size(plan.bytes_freed));
+        line("total", format!("{written} written, {freed} freed"));
+        out
+    }
+
+    fn done(&self, plan: &DeletePlan, outcome: Outcome) -> String {
+        let (written, freed) = (self.size(outcome.bytes_written), self.size(outcome.bytes_freed));
+        let shared = match outcome.bytes_cloned {
+            0 => String::new(),
+            bytes => format!(" (of which {} shared)", self.size(bytes)),
+        };
+        let mut out = format!("deleted {}: {written} written{shared}, {freed} freed\n", plan.node);
+        for (from, to) in plan.renames(self.survey) {
+            out.push_str(&format!("  {} is now called {}\n", self.path(from), self.path(to)));
+        }
+        out
+    }
+
+    /// The plan as JSON; with what happened in place of what was planned.
+    pub(crate) fn object(&self, plan: &DeletePlan, outcome: Option<Outcome>) -> Value {
+        let figures = outcome.unwrap_or(Outcome {
+            bytes_written: plan.bytes_written(),
+            bytes_cloned: plan.bytes_cloned(),
+            bytes_freed: plan.bytes_freed,
+        });
+        let copies: Vec<Value> = plan
+            .merges()
+            .iter()
+            .map(|m| {
+                let clusters = match &m.work {
+                    Work::Clusters { needs, .. } => {
+                        Some(needs.iter().map(|n| n.clusters.end - n.clusters.start).sum::<u64>())
+                    }
+                    Work::Raw { .. } => None,
+                };
+                json!({
+                    "into": self.file(m.target),
+                    "content_of": self.file(m.reader),
+                    "direction": match m.direction { Direction::Pull => "pull", Direction::Commit => "commit" },
+                    "bytes": m.bytes_written,
+                    "clusters_changed": clusters,
+                })
+            })
+            .collect();
+        let renames: Vec<Value> = plan
+            .renames(self.survey)
+            .into_iter()
+            .map(|(from, to)| json!({ "from": self.path(from), "to": self.path(to) }))
+            .collect();
+        let rebases: Vec<Value> = plan
+            .rebases()
+            .iter()
+            .map(|r| json!({ "file": self.file(r.file), "backing_file": self.backing(r) }))
+            .collect();
+        let victim = plan.single.as_ref().and_then(|s| self.survey.files.get(s.0));
+        let dependents: Vec<String> =
+            victim.map(|f| f.dependents.iter().map(|&d| self.file(d)).collect()).unwrap_or_default();
+        let reparented: Vec<Value> =
+            plan.reparented.iter().map(|(name, parent)| json!({ "name": name, "parent": parent })).collect();
+        json!({
+            "node": plan.node,
+            "bytes_read": figures.bytes_written,
+            "bytes_written": figures.bytes_written,
+            "bytes_cloned": figures.bytes_cloned,
+            "bytes_freed": figures.bytes_freed,
+            "copies": copies,
+            "renames": renames,
+            "unlinks": plan.unlinks(self.survey).into_iter().map(|p| self.path(p)).collect::<Vec<_>>(),
+            "rebases": rebases,
+            "dependents": dependents,
+            "reparented": reparented,
+            "refused": null,
+        })
+    }
+}

@@ -1,0 +1,42 @@
+//! The command line: argv in, text or JSON out, one exit code.
+#![forbid(unsafe_code)]
+
+mod args;
+mod confirm;
+mod create;
+mod delete;
+mod demo;
+mod info;
+mod output;
+mod progress;
+mod resume;
+mod size;
+mod target;
+mod tree;
+
+use std::process::ExitCode;
+
+use args::{Command, Failure};
+
+fn main() -> ExitCode {
+    let command = match args::parse() {
+        Ok(command) => command,
+        Err(Failure::Help(text)) => {
+            output::print(&text);
+            return ExitCode::SUCCESS;
+        }
+        Err(Failure::Usage { text, json }) => return output::usage(&text, json),
+    };
+    let (json, result) = match command {
+        Command::Tree(args) => (args.json, tree::run(&args)),
+        Command::Info(args) => (args.json, info::run(&args)),
+        Command::Create(args) => (args.json, create::run(&args)),
+        Command::Delete(args) => (args.json, delete::run(&args)),
+        Command::Resume(args) => (args.json, resume::run(&args)),
+        Command::Demo(args) => (false, demo::run(&args)),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => output::failure(&error, json),
+    }
+}

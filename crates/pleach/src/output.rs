@@ -1,0 +1,99 @@
+//! Results on stdout, messages on stderr, and the exit code of each kind of failure.
+
+use std::error::Error as _;
+use std::io::Write;
+use std::process::ExitCode;
+
+use pleach_engine::{Error, ErrorKind};
+use serde_json::{Value, json};
+
+/// Writes to stdout. A reader that has gone away is no failure of ours.
+pub(crate) fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+}
+
+/// Writes one JSON document to stdout.
+pub(crate) fn document(value: &Value) {
+    print(&format!("{value:#}\n"));
+}
+
+/// A message on stderr.
+pub(crate) fn warn(error: &Error) {
+    eprint!("{}", text("warning", error));
+}
+
+/// The exit code and the JSON code of a kind of failure.
+fn code(kind: ErrorKind) -> (u8, &'static str) {
+    match kind {
+        ErrorKind::Usage => (2, "usage"),
+        ErrorKind::Corrupt => (4, "corrupt"),
+        ErrorKind::InUse => (5, "in-use"),
+        ErrorKind::Refused => (6, "refused"),
+        ErrorKind::NotFound => (7, "not-found"),
+        ErrorKind::Unsupported => (8, "unsupported"),
+        ErrorKind::NotConfirmed => (9, "not-confirmed"),
+        ErrorKind::Interrupted => (130, "interrupted"),
+        _ => (1, "failed"),
+    }
+}
+
+/// Reports a failure and gives its exit code.
+pub(crate) fn failure(error: &Error, json: bool) -> ExitCode {
+    let (exit, _) = code(error.kind);
+    if json {
+        document(&json!({ "error": object(error) }));
+    } else {
+        eprint!("{}", text(&format!("error[{}]", code(error.kind).1), error));
+    }
+    ExitCode::from(exit)
+}
+
+/// Reports words that make no sense.
+pub(crate) fn usage(message: &str, json: bool) -> ExitCode {
+    if json {
+        let message = message.trim().trim_start_matches("error: ");
+        document(&json!({ "error": {
+            "code": "usage", "message": message, "path": null, "offset": null, "hint": "see pleach --help"
+        }}));
+    } else {
+        eprint!("{message}");
+    }
+    ExitCode::from(2)
+}
+
+/// A failure as JSON.
+pub(crate) fn object(error: &Error) -> Value {
+    let mut message = error.message.clone();
+    for cause in causes(error) {
+        message.push_str(": ");
+        message.push_str(&cause);
+    }
+    json!({
+        "code": code(error.kind).1,
+        "message": message,
+        "path": error.path.as_ref().map(|p| p.display().to_string()),
+        "offset": error.offset,
+        "hint": error.hint,
+    })
+}
+
+fn causes(error: &Error) -> Vec<String> {
+    std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string).collect()
+}
+
+fn text(label: &str, error: &Error) -> String {
+    let mut text = format!("{label}: ");
+    if let Some(path) = &error.path {
+        text.push_str(&format!("{}: ", path.display()));
+    }
+    text.push_str(&error.message);
+    for cause in causes(error) {
+        text.push_str(&format!("\n  caused by: {cause}"));
+    }
+    if let Some(hint) = &error.hint {
+        text.push_str(&format!("\n  hint: {hint}"));
+    }
+    text.push('\n');
+    text
+}

@@ -1,0 +1,203 @@
+//! `pleach tree`
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::ExitCode;
+
+use pleach_engine::family::{Family, ONLY_DISK, State};
+use pleach_engine::survey::Survey;
+use pleach_engine::{Error, Result, Sizes, sizes};
+use pleach_lineage::text::{Style, rows};
+use pleach_lineage::{Kind, Lineage, NodeId, Storage};
+use pleach_store::RealDisk;
+use serde_json::{Map, Value, json};
+
+use crate::args::TreeArgs;
+use crate::target::{Target, problems};
+use crate::{output, size};
+
+pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
+    let target = Target::of(&args.target, &args.also)?;
+    let survey = target.survey(&args.trust.trust())?;
+    let family = target.family(&survey)?;
+    let shown = shown(&target, &survey, &family);
+    let mut wrong = problems(&survey);
+    wrong.extend(survey.broken.iter().map(|b| Error::new(b.error.kind, b.error.to_string()).at(&b.path)));
+    let measured = if args.sizes || args.json {
+        match sizes(&RealDisk, &survey, &family) {
+            Ok(measured) => measured,
+            // The hierarchy is worth showing even where a figure cannot be had.
+            Err(error) if !args.sizes => {
+                wrong.push(error);
+                BTreeMap::new()
+            }
+            Err(error) => return Err(error),
+        }
+    } else {
+        BTreeMap::new()
+    };
+    if args.json {
+        output::document(&document(&target, &survey, &family, &shown, &measured, &wrong));
+    } else {
+        output::print(&text(args, &family, &shown, &measured));
+        wrong.iter().for_each(output::warn);
+    }
+    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The nodes to show: all of a directory, or the tree that an image belongs to.
+fn shown(target: &Target, survey: &Survey, family: &Family) -> BTreeSet<NodeId> {
+    let image = target.image.as_ref().and_then(|path| survey.find(&RealDisk, path));
+    match image.and_then(|index| family.node_of_file(index)) {
+        Some(node) => family.tree_of(node),
+        None => family.lineage.ids().collect(),
+    }
+}
+
+fn text(
+    args: &TreeArgs,
+    family: &Family,
+    shown: &BTreeSet<NodeId>,
+    measured: &BTreeMap<NodeId, Sizes>,
+) -> String {
+    let style = if args.ascii { Style::Ascii } else { Style::Unicode };
+    let lines: Vec<(String, NodeId)> = rows(&family.lineage, style)
+        .into_iter()
+        .filter(|row| shown.contains(&row.id))
+        .map(|row| (format!("{}{}", row.prefix, label(&family.lineage, row.id)), row.id))
+        .collect();
+    let mut out = String::new();
+    if !args.sizes {
+        for (line, _) in &lines {
+            out.push_str(line.trim_end());
+            out.push('\n');
+        }
+        return out;
+    }
+    let width = lines.iter().map(|(l, _)| l.chars().count()).max().unwrap_or(0).max(4);
+    let pad = |text: &str| format!("{text}{}", " ".repeat(width.saturating_sub(text.chars().count())));
+    out.push_str(&format!(
+        "{}  {:>12}  {:>16}  {:>18}\n",
+        pad("node"),
+        "on disk",
+        "freed if deleted",
+        "written if deleted"
+    ));
+    for (line, id) in &lines {
+        let figures = measured.get(id);
+        let show = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |v| size::show(v, args.bytes));
+        let (disk, freed) = (figures.map(|f| f.on_disk), figures.map(|f| f.freed_if_deleted));
+        let written = figures.and_then(|f| f.written_if_deleted);
+        out.push_str(&format!(
+            "{}  {:>12}  {:>16}  {:>18}\n",
+            pad(line),
+            show(disk),
+            show(freed),
+            show(written)
+        ));
+    }
+    out
+}
+
+/// Name, what it is, and where.
+fn label(lineage: &Lineage, id: NodeId) -> String {
+    let Some(node) = lineage.get(id) else { return String::new() };
+    let mut notes = Vec::new();
+    match node.storage_of(ONLY_DISK) {
+        Some(Storage::External { file }) => notes.push(file.clone()),
+        Some(Storage::Internal { file, id, .. }) => notes.push(format!("internal #{id} in {file}")),
+        None => {}
+    }
+    if node.kind == Kind::Head {
+        notes.push("head".to_owned());
+    }
+    if lineage.current() == Some(id) {
+        notes.push("current".to_owned());
+    }
+    if node.parent_guessed {
+        notes.push("parent guessed from creation order".to_owned());
+    }
+    format!("{}  ({})", node.name, notes.join(", "))
+}
+
+fn document(
+    target: &Target,
+    survey: &Survey,
+    family: &Family,
+    shown: &BTreeSet<NodeId>,
+    measured: &BTreeMap<NodeId, Sizes>,
+    wrong: &[Error],
+) -> Value {
+    let nodes: Vec<Value> = family
+        .lineage
+        .depth_first()
+        .filter(|(_, id)| shown.contains(id))
+        .map(|(_, id)| node(&family.lineage, id, measured.get(&id)))
+        .collect();
+    let heads: Vec<usize> = family
+        .heads()
+        .filter(|id| shown.contains(id))
+        .filter_map(|id| match family.state(id) {
+            Some(State::File(index)) => Some(index),
+            _ => None,
+        })
+        .collect();
+    let active = match heads.as_slice() {
+        [one] => survey.files.get(*one),
+        _ => None,
+    };
+    let name = std::path::absolute(target.image.as_ref().unwrap_or(&target.base)).ok();
+    let name = name.as_ref().and_then(|n| if target.image.is_some() { n.file_stem() } else { n.file_name() });
+    let current = family.lineage.current().filter(|id| shown.contains(id));
+    json!({
+        "schema": 1,
+        "tree": name.map(|n| n.to_string_lossy()),
+        "catalog": null,
+        "current": current.and_then(|id| family.lineage.get(id)).map(|n| n.name.as_str()),
+        "disks": [{
+            "name": ONLY_DISK,
+            "active": active.map(|f| pleach_engine::family::shown(&f.path, &target.base)),
+            "virtual_size": active.and_then(|f| f.header.as_ref()).map(pleach_format::Header::size),
+        }],
+        "nodes": nodes,
+        "problems": wrong.iter().map(output::object).collect::<Vec<_>>(),
+    })
+}
+
+fn node(lineage: &Lineage, id: NodeId, figures: Option<&Sizes>) -> Value {
+    let Some(node) = lineage.get(id) else { return Value::Null };
+    let parent = node.parent.and_then(|p| lineage.get(p)).map(|p| p.name.as_str());
+    let storage: Map<String, Value> = node
+        .storage
+        .iter()
+        .map(|(disk, storage)| {
+            let value = match storage {
+                Storage::External { file } => json!({ "kind": "external", "file": file }),
+                Storage::Internal { file, snapshot, id } => {
+                    json!({ "kind": "internal", "file": file, "snapshot": snapshot, "id": id })
+                }
+            };
+            (disk.clone(), value)
+        })
+        .collect();
+    let mut value = json!({
+        "name": node.name,
+        "kind": match node.kind { Kind::Snapshot => "snapshot", Kind::Head => "head" },
+        "parent": parent,
+        "parent_guessed": node.parent_guessed,
+        "created": node.created,
+        "description": node.description,
+        "state": node.state,
+        "storage": storage,
+    });
+    if let (Some(figures), Some(object)) = (figures, value.as_object_mut()) {
+        object.insert(
+            "sizes".to_owned(),
+            json!({
+                "on_disk": figures.on_disk,
+                "freed_if_deleted": figures.freed_if_deleted,
+                "written_if_deleted": figures.written_if_deleted,
+            }),
+        );
+    }
+    value
+}

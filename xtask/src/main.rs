@@ -1,0 +1,83 @@
+//! The project's tasks, as one table: `cargo xtask <task>`. CI runs `cargo xtask ci` and nothing else.
+#![forbid(unsafe_code)]
+
+mod check;
+mod fuzz;
+mod json;
+mod msrv;
+mod run;
+mod setup;
+mod source;
+mod tidy;
+
+use std::process::ExitCode;
+
+use run::{Result, cargo};
+
+/// Name, what it does, how.
+type Task = (&'static str, &'static str, fn(&[String]) -> Result);
+
+const TASKS: &[Task] = &[
+    ("setup", "install what the tests need (as root), or say what to install", setup::setup),
+    ("ci", "everything a change must pass", check::ci),
+    ("test", "test [--long] [cargo test args]: all tests; --long: 500 random operations, not 50", test),
+    ("tidy", "the rules that no compiler knows: crate edges, unsafe, leftovers, manifests", tidy::tidy),
+    ("msrv", "nothing needs a newer Rust than Cargo.toml promises", msrv::msrv),
+    ("fuzz", "fuzz [target|all] [seconds=60] [libFuzzer args]; alone: lists the targets", fuzz::fuzz),
+    ("bench", "bench [criterion args]: all benches", bench),
+    ("testdata", "testdata [--check]: make testdata/golden with qemu-img, or compare with it", testdata),
+    ("docs", "the API documentation, warnings denied", docs),
+];
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let name = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    let Some((_, _, task)) = TASKS.iter().find(|(known, ..)| *known == name) else {
+        print_tasks(&name);
+        return ExitCode::from(2);
+    };
+    match run::enter_root().and_then(|()| task(&rest)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("xtask {name}: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print_tasks(unknown: &str) {
+    if !unknown.is_empty() {
+        eprintln!("there is no task named {unknown:?}\n");
+    }
+    eprintln!("cargo xtask <task>\n");
+    for (name, about, _) in TASKS {
+        eprintln!("  {name:<9} {about}");
+    }
+}
+
+fn test(args: &[String]) -> Result {
+    setup::setup(&[])?;
+    // The end-to-end tests run the release binary, as users do.
+    run::run(cargo().args(["build", "--release", "--package", "pleach"]))?;
+    let (long, rest): (Vec<&String>, Vec<&String>) = args.iter().partition(|arg| *arg == "--long");
+    let mut test = cargo();
+    test.args(["test", "--workspace", "--exclude", "pleach-benches"]).args(rest);
+    if !long.is_empty() {
+        test.env("PLEACH_LONG", "1");
+    }
+    run::run(&mut test)
+}
+
+fn bench(args: &[String]) -> Result {
+    run::run(cargo().args(["bench", "--package", "pleach-benches", "--"]).args(args))
+}
+
+fn testdata(args: &[String]) -> Result {
+    setup::setup(&[])?;
+    run::run(run::program("testdata/make.sh").args(args))
+}
+
+fn docs(_: &[String]) -> Result {
+    run::run(cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+}
