@@ -12,7 +12,7 @@ use pleach_store::{Disk, FileId, Role};
 
 use crate::family::{Family, State};
 use crate::journal::directory_of;
-use crate::names::{absolute, express, renamed};
+use crate::names::{absolute, renamed};
 use crate::open::OpenFiles;
 use crate::scan::{content_of, layer_runs, zero_clusters};
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile, broken};
@@ -82,7 +82,7 @@ pub struct Merge {
     pub direction: Direction,
     /// What is written.
     pub work: Work,
-    /// For a pull: the target's backing file afterwards.
+    /// How the target's header names its backing file afterwards; for a commit only if that changes.
     pub backing: Option<BackingFile>,
     /// Guest bytes written as data.
     pub bytes_written: u64,
@@ -195,9 +195,9 @@ impl DeletePlan {
     /// Headers that name another backing file afterwards.
     pub fn rebases(&self) -> Vec<Rebase> {
         let Some((_, merges, naming)) = &self.single else { return Vec::new() };
-        let pulls = merges.iter().filter(|m| m.direction == Direction::Pull);
+        let renamed = merges.iter().filter(|m| m.direction == Direction::Pull || m.backing.is_some());
         let mut all: Vec<Rebase> =
-            pulls.map(|m| Rebase { file: m.target, backing: m.backing.clone() }).collect();
+            renamed.map(|m| Rebase { file: m.target, backing: m.backing.clone() }).collect();
         if let Naming::TakeVictimsName { followers, .. } | Naming::KeepVictimsName { followers, .. } = naming
         {
             all.extend(followers.clone());
@@ -553,7 +553,7 @@ impl<'a> Planner<'a> {
         let shape = shape_of(image, image.size());
         let needs = self.settled(reader, shape, &pull(shape, &own, &self.cover, &self.content))?;
         let bytes_written = Summary::of(shape, &needs).bytes_written;
-        let backing = self.victims_backing_for(path, moves)?;
+        let backing = self.victims_backing_for(reader, moves)?;
         Ok(Merge {
             target: reader,
             reader,
@@ -603,6 +603,10 @@ impl<'a> Planner<'a> {
         } else {
             FileFormat::Qcow2
         };
+        let mut merge = merge;
+        if merge.direction == Direction::Commit && !takes_parent {
+            merge.backing = self.restyled(reader)?;
+        }
         let followers = || followers.iter().map(|&f| self.follow(f, format)).collect::<Result<Vec<_>>>();
         let naming = match (merge.direction, takes_parent) {
             (Direction::Pull, false) => Naming::Unlink,
@@ -660,20 +664,27 @@ impl<'a> Planner<'a> {
             .map_err(|e| Error::image(&self.file(reader).path, e))
     }
 
-    /// The victim's backing file as the header of `reader` will name it.
-    fn victims_backing_for(&self, reader: &Path, moves: bool) -> Result<Option<BackingFile>> {
-        let victim = self.file(self.victim);
-        let Some(backing) = victim.header.as_ref().and_then(|h| h.backing()).cloned() else {
-            return Ok(None);
-        };
-        let (from, to) = (directory_of(&victim.path), directory_of(reader));
-        let name = if moves && self.disk.canonical(&from).ok() != self.disk.canonical(&to).ok() {
+    /// The victim's backing file as the header of `reader` will name it: absolute or relative as its old name was.
+    fn victims_backing_for(&self, reader: usize, moves: bool) -> Result<Option<BackingFile>> {
+        let Some(&base) = self.below.first() else { return Ok(None) };
+        let (base, reader) = (self.file(base), self.file(reader));
+        let old = reader.header.as_ref().and_then(|h| h.backing());
+        let mut backing = renamed(self.disk, &reader.path, old, &base.path, base.format)?;
+        let home = |f: &SurveyFile| self.disk.canonical(&directory_of(&f.path)).ok();
+        if moves && home(reader) != home(self.file(self.victim)) {
             // Right in both places: the file is in one now, and in the other in the end.
-            absolute(self.disk, &from, &backing.name)?
-        } else {
-            express(self.disk, &backing.name, &from, &to)?
-        };
-        Ok(Some(BackingFile { name, format: backing.format }))
+            backing.name = absolute(self.disk, &directory_of(&reader.path), &backing.name)?;
+        }
+        Ok(Some(backing))
+    }
+
+    /// The victim's backing file, if its header has to name it in another way when the file is called as `reader` is:
+    /// absolute or relative as the reader's name for its backing file was.
+    fn restyled(&self, reader: usize) -> Result<Option<BackingFile>> {
+        let name_of =
+            |f: &SurveyFile| f.header.as_ref().and_then(|h| h.backing()).map(|b| b.name.starts_with(b"/"));
+        let same = name_of(self.file(self.victim)) == name_of(self.file(reader));
+        if same { Ok(None) } else { self.victims_backing_for(reader, false) }
     }
 
     /// `follower` names the victim's file instead of the reader's.

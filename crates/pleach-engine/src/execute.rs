@@ -393,7 +393,7 @@ fn merge(
         Some((mut allocator, switch)) => {
             let wrap = |e| Error::image(path, e);
             publish(target, &mut allocator, &switch).map_err(wrap)?;
-            if staged.merge.direction == Direction::Pull {
+            if staged.merge.direction == Direction::Pull || staged.merge.backing.is_some() {
                 switch_backing(target, path, staged.merge.backing.as_ref(), journal)?;
             }
             release(target, &mut allocator, &switch.drops).map_err(wrap)
