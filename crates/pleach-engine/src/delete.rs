@@ -428,12 +428,15 @@ fn refuse_unknown_readers(survey: &Survey, victim: &SurveyFile) -> Result<()> {
         }
     }
     match survey.broken.iter().find(|b| b.reads == Some(id)) {
-        Some(b) => Err(Error::new(
-            ErrorKind::Refused,
-            format!("\"{}\" seems to read it, but is no readable image", b.path.display()),
-        )
-        .at(&victim.path)
-        .hint("repair or remove that file first")),
+        Some(b) => {
+            let kind = match b.error.kind {
+                ErrorKind::Unsupported => ErrorKind::Unsupported,
+                _ => ErrorKind::Refused,
+            };
+            let text =
+                format!("stands on \"{}\" but cannot be read: {}", victim.path.display(), b.error.full());
+            Err(Error::new(kind, text).at(&b.path).hint("repair or remove that file first"))
+        }
         None => Ok(()),
     }
 }

@@ -259,17 +259,16 @@ fn delete_and_compare(dir: &Path, node: &str, keep: Keep, before: &BTreeMap<Stri
     execute(&RealDisk, &survey, prepared, &Arc::new(Watch::new()))?;
     output::print("\n");
     show(dir)?;
-    output::print("\nnode  before        after\n");
+    output::print("\nSHA-256 of what each node reads:\n");
     let mut good = true;
     for (name, old) in before.iter().filter(|(name, _)| *name != node) {
         let now = if heir.as_ref() == Some(name) { node } else { name.as_str() };
         let new = digest(dir, now)?;
         let same = new == *old;
         good &= same;
-        let short = |d: &str| d.get(..12).unwrap_or(d).to_owned();
-        let named = if now == name { String::new() } else { format!("  (in {now}.qcow2)") };
-        let verdict = if same { "same" } else { "DIFFERENT" };
-        output::print(&format!("{name:<4}  {}  {}  {verdict}{named}\n", short(old), short(&new)));
+        let named = if now == name { String::new() } else { format!(", now in {now}.qcow2") };
+        let verdict = if same { "the same" } else { "DIFFERENT" };
+        output::print(&format!("{name}  before {old}\n   after  {new}  {verdict}{named}\n"));
     }
     good &= agrees_with_qemu(dir)?;
     Ok(good)

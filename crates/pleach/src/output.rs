@@ -23,6 +23,11 @@ pub(crate) fn warn(error: &Error) {
     eprint!("{}", text("warning", error));
 }
 
+/// A failure on stderr that does not end the command.
+pub(crate) fn report(error: &Error) {
+    eprint!("{}", text(&format!("error[{}]", code(error.kind).1), error));
+}
+
 /// The exit code and the JSON code of a kind of failure.
 fn code(kind: ErrorKind) -> (u8, &'static str) {
     match kind {
@@ -44,7 +49,7 @@ pub(crate) fn failure(error: &Error, json: bool) -> ExitCode {
     if json {
         document(&json!({ "error": object(error) }));
     } else {
-        eprint!("{}", text(&format!("error[{}]", code(error.kind).1), error));
+        report(error);
     }
     ExitCode::from(exit)
 }
@@ -64,14 +69,9 @@ pub(crate) fn usage(message: &str, json: bool) -> ExitCode {
 
 /// A failure as JSON.
 pub(crate) fn object(error: &Error) -> Value {
-    let mut message = error.message.clone();
-    for cause in causes(error) {
-        message.push_str(": ");
-        message.push_str(&cause);
-    }
     json!({
         "code": code(error.kind).1,
-        "message": message,
+        "message": error.full(),
         "path": error.path.as_ref().map(|p| p.display().to_string()),
         "offset": error.offset,
         "hint": error.hint,

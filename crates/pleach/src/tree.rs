@@ -21,7 +21,7 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
     let family = target.family(&survey)?;
     let shown = shown(&target, &survey, &family);
     let mut wrong = problems(&survey);
-    wrong.extend(survey.broken.iter().map(|b| Error::new(b.error.kind, b.error.to_string()).at(&b.path)));
+    wrong.extend(survey.broken.iter().map(|b| Error::new(b.error.kind, b.error.full()).at(&b.path)));
     let measured = if args.sizes || args.json {
         match sizes(&RealDisk, &survey, &family) {
             Ok(measured) => measured,
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
         output::document(&document(&target, &survey, &family, &shown, &measured, &wrong));
     } else {
         output::print(&text(args, &family, &shown, &measured));
-        wrong.iter().for_each(output::warn);
+        wrong.iter().for_each(output::report);
     }
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -148,7 +148,7 @@ fn document(
     let name = std::path::absolute(target.image.as_ref().unwrap_or(&target.base)).ok();
     let name = name.as_ref().and_then(|n| if target.image.is_some() { n.file_stem() } else { n.file_name() });
     let current = family.lineage.current().filter(|id| shown.contains(id));
-    json!({
+    let mut document = json!({
         "schema": 1,
         "tree": name.map(|n| n.to_string_lossy()),
         "catalog": null,
@@ -160,7 +160,12 @@ fn document(
         }],
         "nodes": nodes,
         "problems": wrong.iter().map(output::object).collect::<Vec<_>>(),
-    })
+    });
+    // What makes the exit code other than 0 is found where other verbs have it.
+    if let (Some(first), Some(object)) = (wrong.first(), document.as_object_mut()) {
+        object.insert("error".to_owned(), output::object(first));
+    }
+    document
 }
 
 fn node(lineage: &Lineage, id: NodeId, figures: Option<&Sizes>) -> Value {

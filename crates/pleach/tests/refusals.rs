@@ -521,7 +521,9 @@ struct Feature {
     words: &'static str,
     /// Makes the image `N` (on A) in the directory, with data in it.
     make: fn(&Path),
-    /// Whether writing into such an image takes what reading from it does.
+    /// Whether its data cannot even be read, when it is the one to go.
+    as_victim: bool,
+    /// Whether it cannot take data, when what it stands on goes.
     also_as_dependent: bool,
     /// What `info --json` must say all the same.
     shown: fn(&Value) -> bool,
@@ -535,6 +537,7 @@ const FEATURES: &[Feature] = &[
             let data = dir.join("N.data");
             image(dir, "N", Some("A"), &format!("data_file={}", text(&data)), &[fill(2, 2, 8, CLUSTER)]);
         },
+        as_victim: true,
         also_as_dependent: true,
         shown: |image| image["data_file"].as_str().is_some_and(|name| name.ends_with("N.data")),
     },
@@ -545,6 +548,7 @@ const FEATURES: &[Feature] = &[
             let write = |cluster: u64| format!("write -q -c -P 2 {} {CLUSTER}", cluster * CLUSTER);
             image(dir, "N", Some("A"), "compression_type=zstd", &(2..10).map(write).collect::<Vec<_>>());
         },
+        as_victim: true,
         also_as_dependent: false,
         shown: |image| image["compression"] == "zstd",
     },
@@ -554,6 +558,7 @@ const FEATURES: &[Feature] = &[
         make: |dir| {
             image(dir, "N", Some("A"), "extended_l2=on", &[fill(2, 2, 8, CLUSTER)]);
         },
+        as_victim: false,
         also_as_dependent: true,
         shown: |image| !image["features"].is_null(),
     },
@@ -561,6 +566,7 @@ const FEATURES: &[Feature] = &[
         name: "LUKS",
         words: "luks|encrypt",
         make: encrypted,
+        as_victim: true,
         also_as_dependent: true,
         shown: |image| !image["encryption"].is_null(),
     },
@@ -599,7 +605,7 @@ fn features_that_pleach_does_not_read_are_named() {
             );
         }
         judge.turn_to(&dir);
-        for flags in [&[][..], &["--keep", "parent=D1"]] {
+        for flags in [&[][..], &["--keep", "parent=D1"]].into_iter().filter(|_| feature.as_victim) {
             let args = [&["delete", text(&dir), "N"], flags, &["--yes"]].concat();
             judge.refused(feature.name, &args, NOT_SUPPORTED, &[feature.words]);
         }
@@ -617,6 +623,33 @@ fn features_that_pleach_does_not_read_are_named() {
         assert!((feature.shown)(&info["images"][0]), "{}: {info}", feature.name);
     }
     judge.verdict();
+}
+
+/// Subclusters are read: an image with extended L2 entries can go, and what it held is found in those that stood on it.
+#[test]
+fn extended_l2_entries_are_read() {
+    let work = WorkDir::new("subclusters");
+    let dir = work.join("tree");
+    fs::create_dir(&dir).unwrap();
+    image(&dir, "A", None, "", &[fill(1, 0, 12, CLUSTER)]);
+    let writes =
+        ["write -q -P 7 2k 6k", "write -q -z 70k 4k", "write -q -P 9 130k 30k", "write -q -c -P 5 256k 64k"];
+    image(&dir, "N", Some("A"), "extended_l2=on", &writes.map(String::from));
+    image(&dir, "D", Some("N"), "cluster_size=4k", &[fill(3, 3, 1, CLUSTER)]);
+    image(&dir, "E", Some("N"), "", &[]);
+    let digests = |names: &[&str]| -> Vec<_> {
+        let path = |name: &&str| dir.join(format!("{name}.qcow2"));
+        names
+            .iter()
+            .map(|name| pleach_testkit::oracle::digest(&path(name), pleach_testkit::Format::Qcow2))
+            .collect()
+    };
+    let before = digests(&["A", "D", "E"]);
+    Tool::new(PLEACH).succeed(&["delete", text(&dir), "N", "--yes"]);
+    assert_eq!(digests(&["A", "D", "E"]), before);
+    for name in ["A", "D", "E"] {
+        pleach_testkit::oracle::check_clean(&dir.join(format!("{name}.qcow2")));
+    }
 }
 
 /// An incompatible feature bit that nobody has given a meaning.
