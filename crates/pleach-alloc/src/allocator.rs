@@ -142,26 +142,28 @@ impl Allocator {
     /// As [`allocate`](Self::allocate).
     pub fn allocate_contiguous(&mut self, n: u64) -> Result<HostCluster, AllocError> {
         let mut start = self.end;
-        'place: loop {
-            for cluster in start..start + n {
-                let index = cluster / self.per_block();
-                if self.ensure_block(index, cluster)? {
-                    // The new block, or the new table, took the place.
-                    start = self.end.max(cluster + 1);
-                    continue 'place;
-                }
-                if self.count(HostCluster(cluster)) != 0 {
-                    start = cluster + 1;
-                    continue 'place;
-                }
-            }
-            break;
+        while let Some(next) = self.obstacle(start, n)? {
+            start = next;
         }
         for cluster in start..start + n {
             self.set(cluster, 1)?;
         }
         self.end = self.end.max(start + n);
         Ok(HostCluster(start))
+    }
+
+    /// Where to look next if the `n` clusters from `start` are not all free, with their counters in place.
+    fn obstacle(&mut self, start: u64, n: u64) -> Result<Option<u64>, AllocError> {
+        for cluster in start..start + n {
+            if self.ensure_block(cluster / self.per_block(), cluster)? {
+                // The new block, or the new table, took the place.
+                return Ok(Some(self.end.max(cluster + 1)));
+            }
+            if self.count(HostCluster(cluster)) != 0 {
+                return Ok(Some(cluster + 1));
+            }
+        }
+        Ok(None)
     }
 
     /// Lowers the count of `cluster` by one. The cluster is not handed out again by this allocator: it may still be

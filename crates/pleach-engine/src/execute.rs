@@ -497,21 +497,22 @@ pub(crate) fn clonable(
 ) -> Result<u64, ImageError> {
     let Some(align) = target.clones_at() else { return Ok(0) };
     let mut sum = 0;
+    let mut add = |range: std::ops::Range<u64>| -> Result<(), ImageError> {
+        for piece in chain.pieces(range.start, range.end - range.start)? {
+            // Targets are whole clusters, or offsets that agree with the guest's within a cluster.
+            if shareable(piece.kind, piece.len, piece.guest, align).is_some() {
+                sum += piece.len;
+            }
+        }
+        Ok(())
+    };
     for need in needs {
-        let ranges: Vec<_> = match need.how {
+        match need.how {
             How::Fill => {
-                vec![need.clusters.start << shape.cluster_bits..need.clusters.end << shape.cluster_bits]
+                add(need.clusters.start << shape.cluster_bits..need.clusters.end << shape.cluster_bits)?;
             }
-            How::Patch => need.pieces.clone(),
-            _ => continue,
-        };
-        for range in ranges {
-            for piece in chain.pieces(range.start, range.end - range.start)? {
-                // Targets are whole clusters, or offsets that agree with the guest's within a cluster.
-                if shareable(piece.kind, piece.len, piece.guest, align).is_some() {
-                    sum += piece.len;
-                }
-            }
+            How::Patch => need.pieces.iter().cloned().try_for_each(&mut add)?,
+            How::Zero | How::Unmap | How::Skip => {}
         }
     }
     Ok(sum)

@@ -298,7 +298,7 @@ mod tests {
         assert_eq!(decode(&whole).0, want);
         for cut in 0..whole.len() {
             let (contents, end, _) = decode(&whole[..cut]);
-            assert!(contents.headers.is_empty() && end as usize <= cut, "{cut}");
+            assert!(contents.headers.is_empty() && end <= cut as u64, "{cut}");
             let mut torn = whole.clone();
             torn[cut] ^= 0x10;
             assert_ne!(decode(&torn).0, want, "byte {cut} flipped");

@@ -292,6 +292,6 @@ mod tests {
         let allocated = [0..10, 20..30, 40..50];
         assert_eq!(allocated_within(&allocated, &[5..25, 45..100]), 5 + 5 + 5);
         assert_eq!(allocated_within(&allocated, &[0..2, 4..6, 29..41]), 2 + 2 + 1 + 1);
-        assert_eq!(allocated_within(&[], &[0..10]), 0);
+        assert_eq!(allocated_within(&[], &[0..10, 20..30]), 0);
     }
 }

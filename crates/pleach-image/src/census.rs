@@ -1,6 +1,7 @@
 //! Counting the references of one image by walking all its pointers (spec: refcounts).
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use pleach_alloc::{Census, Discrepancy, Place, RefcountTable};
 use pleach_format::{ExtensionKind, HostCluster, HostOffset, L1Entry, Mapping};
@@ -76,39 +77,40 @@ fn walk(
     for &entry in l1 {
         let Some(offset) = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))? else { continue };
         census.add_bytes(place, offset, g.cluster_size());
-        if !tables.contains_key(&offset.0) {
-            let mut targets = Targets::new();
-            let table = image.l2_table(entry)?.unwrap_or_default();
-            let file = image.window()?.len();
-            image.for_each_entry(&table, |_, entry| {
-                let mapping = entry
-                    .descriptor
-                    .decode(g, image.header().version())
-                    .map_err(ImageError::format("L2 entry", None))?;
-                match mapping {
-                    Mapping::Data(at) | Mapping::ZeroAllocated(at) => {
-                        check_inside("data cluster", at.0, g.cluster_size(), file, g)?;
-                        if !image.header().incompatible().has(pleach_format::Incompatible::DATA_FILE) {
-                            targets.push((at.0, g.cluster_size()));
-                        }
-                    }
-                    // What a compressed entry claims behind the end of the file takes no cluster there.
-                    Mapping::Compressed(extent) => {
-                        let end = file.next_multiple_of(g.cluster_size());
-                        targets
-                            .push((extent.offset.0, extent.bytes.min(end.saturating_sub(extent.offset.0))));
-                    }
-                    Mapping::Zero | Mapping::Unallocated => {}
-                }
-                Ok(())
-            })?;
-            tables.insert(offset.0, targets);
-        }
-        for &(at, len) in tables.get(&offset.0).into_iter().flatten() {
+        let targets = match tables.entry(offset.0) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(targets_of(image, entry)?),
+        };
+        for &(at, len) in targets.iter() {
             census.add_bytes(place, HostOffset(at), len);
         }
     }
     Ok(())
+}
+
+/// The host ranges that one L2 table refers to.
+fn targets_of(image: &Image, entry: L1Entry) -> Result<Targets, ImageError> {
+    let g = image.geometry();
+    let elsewhere = image.header().incompatible().has(pleach_format::Incompatible::DATA_FILE);
+    let mut targets = Targets::new();
+    let table = image.l2_table(entry)?.unwrap_or_default();
+    image.for_each_entry(&table, |_, entry| {
+        let mapping = entry
+            .descriptor
+            .decode(g, image.header().version())
+            .map_err(ImageError::format("L2 entry", None))?;
+        match mapping {
+            Mapping::Data(_) | Mapping::ZeroAllocated(_) if elsewhere => {}
+            Mapping::Data(at) | Mapping::ZeroAllocated(at) => {
+                check_inside("data cluster", at.0, g.cluster_size(), image.file_len(), g)?;
+                targets.push((at.0, g.cluster_size()));
+            }
+            Mapping::Compressed(extent) => targets.push((extent.offset.0, image.counted_bytes(extent))),
+            Mapping::Zero | Mapping::Unallocated => {}
+        }
+        Ok(())
+    })?;
+    Ok(targets)
 }
 
 impl Image {

@@ -37,6 +37,7 @@ impl RawImage {
 
 /// One file of a chain.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "layers are few and live behind Arc")]
 pub enum Layer {
     /// A qcow2 image.
     Qcow2(Image),

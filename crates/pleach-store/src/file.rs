@@ -27,7 +27,7 @@ impl FileStore {
     }
 
     fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
-        const ZEROS: [u8; 65536] = [0; 65536];
+        static ZEROS: [u8; 65536] = [0; 65536];
         let mut at = range.start;
         while at < range.end {
             let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(ZEROS.len());
