@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use pleach_format::{BackingFile, RunKind, RunList, Version};
 use pleach_image::{Chain, Image, escape, leaked};
 use pleach_lineage::{DeleteMode, Reach};
-use pleach_plan::{Content, Cover, Need, Say, Summary, Target, candidates, commit, pull, settle};
+use pleach_plan::{Content, Cover, How, Need, Say, Summary, Target, candidates, commit, pull, settle};
 use pleach_store::{Disk, FileId, Role};
 
 use crate::family::{Family, State};
 use crate::journal::directory_of;
 use crate::names::{absolute, renamed};
 use crate::open::OpenFiles;
-use crate::scan::{content_of, layer_runs, zero_clusters};
+use crate::scan::{content_of, layer_runs, snapshot_covers, zero_clusters};
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile, broken};
 use crate::{Error, ErrorKind, Result};
 
@@ -62,6 +62,13 @@ pub enum Work {
         /// What changes in it.
         needs: Vec<Need>,
     },
+    /// Clusters of a qcow2 image with internal snapshots, which lack them as its active state does.
+    States {
+        /// log2 of the target's cluster size.
+        cluster_bits: u32,
+        /// What is filled, in cluster order.
+        fills: Vec<StateFill>,
+    },
     /// Ranges of a raw file, which gets `size` bytes.
     Raw {
         /// Size afterwards.
@@ -69,6 +76,19 @@ pub enum Work {
         /// Guest ranges, and what is in them.
         pieces: Vec<(Range<u64>, Say)>,
     },
+}
+
+/// One guest cluster that several states of an image get.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateFill {
+    /// Guest cluster index.
+    pub cluster: u64,
+    /// Guest byte behind which the states' disks end, or the end of the cluster: from there on zeros are stored.
+    pub end: u64,
+    /// Whether it holds data; else the states get zeros.
+    pub data: bool,
+    /// The states: 0 is the active one, i + 1 is internal snapshot i.
+    pub states: Vec<usize>,
 }
 
 /// Two neighbouring files become one.
@@ -370,12 +390,6 @@ pub(crate) fn plan_single(
         }
         _ => Vec::new(),
     };
-    for &reader in &readers {
-        let Some(reader) = survey.files.get(reader) else { continue };
-        if !reader.snapshots.is_empty() {
-            return Err(stays_inside(reader));
-        }
-    }
     let mut roles: BTreeMap<usize, Role> = below.iter().map(|&i| (i, Role::Read)).collect();
     let changed = std::iter::once(victim).chain(readers.iter().copied()).chain(followers.iter().copied());
     roles.extend(changed.map(|i| (i, role(change))));
@@ -554,6 +568,24 @@ impl<'a> Planner<'a> {
         let runs = layer_runs(path, self.open.layer(reader))?;
         let own = Cover::of_runs(image.size(), &runs);
         let shape = shape_of(image, image.size());
+        if !self.file(reader).snapshots.is_empty() {
+            let mut covers = vec![own];
+            covers.extend(snapshot_covers(path, image)?);
+            let fills = fills_of(shape, &covers, &self.cover, &self.content, |asked| {
+                let lower = self.survey.chain(self.victim)?;
+                zero_clusters(path, &self.open.chain(&lower), shape.cluster_bits, asked)
+            })?;
+            let bytes_written = bytes_of(shape.cluster_bits, &fills);
+            return Ok(Merge {
+                target: reader,
+                reader,
+                direction: Direction::Pull,
+                work: Work::States { cluster_bits: shape.cluster_bits, fills },
+                backing: self.victims_backing_for(reader, moves)?,
+                bytes_written,
+                bytes_cloned: 0,
+            });
+        }
         let needs = self.settled(reader, shape, &pull(shape, &own, &self.cover, &self.content))?;
         let bytes_written = Summary::of(shape, &needs).bytes_written;
         let backing = self.victims_backing_for(reader, moves)?;
@@ -581,6 +613,9 @@ impl<'a> Planner<'a> {
         let parent = renamed.unwrap_or(matches!(keep, Keep::Parent(_)));
         // A raw file stays raw under its name: only the name of the overlay can stand for a qcow2 image.
         let forced = committed.or(raw.then_some(parent));
+        if forced == Some(true) && !self.file(reader).snapshots.is_empty() {
+            return Err(stays_inside(self.file(reader)));
+        }
         let merge = match forced {
             Some(true) => self.commit(reader)?,
             Some(false) => self.pull(reader, parent)?,
@@ -703,7 +738,47 @@ impl<'a> Planner<'a> {
 /// backing file name means the same in the reader's directory.
 pub(crate) fn can_merge_down(disk: &dyn Disk, victim: &SurveyFile, reader: &SurveyFile) -> bool {
     let directory = |f: &SurveyFile| disk.canonical(&directory_of(&f.path)).ok();
-    victim.stat.links == 1 && directory(victim) == directory(reader)
+    victim.stat.links == 1 && reader.snapshots.is_empty() && directory(victim) == directory(reader)
+}
+
+/// What every state of an image gets when what it stands on goes: `covers` are its states, active first. `zero` tells
+/// which of some clusters of the layers below read as zeros.
+pub(crate) fn fills_of(
+    shape: Target,
+    covers: &[Cover],
+    victim: &Cover,
+    content: &Content,
+    zero: impl FnOnce(&[u64]) -> Result<Vec<bool>>,
+) -> Result<Vec<StateFill>> {
+    // States that share a table get the same cluster, so there is one decision for all: the one of the longest disk.
+    let mut wanted: BTreeMap<u64, (Need, StateFill)> = BTreeMap::new();
+    for (state, cover) in covers.iter().enumerate() {
+        let shape = Target { size: cover.size(), ..shape };
+        for need in pull(shape, cover, victim, content) {
+            for cluster in need.clusters.clone() {
+                let end = ((cluster + 1) << shape.cluster_bits).min(shape.size);
+                let fill = StateFill { cluster, end, data: false, states: Vec::new() };
+                let (decided, fill) = wanted.entry(cluster).or_insert_with(|| (need.clone(), fill));
+                if need.how == How::Fill {
+                    *decided = need.clone();
+                }
+                fill.end = fill.end.max(end);
+                fill.states.push(state);
+            }
+        }
+    }
+    let open: Vec<u64> = wanted.iter().filter(|(_, (n, _))| n.how != n.if_zero).map(|(c, _)| *c).collect();
+    let zeros: BTreeMap<u64, bool> = open.iter().copied().zip(zero(&open)?).collect();
+    let decide = |(cluster, (need, fill)): (u64, (Need, StateFill))| {
+        let how = if zeros.get(&cluster).copied().unwrap_or(false) { need.if_zero } else { need.how };
+        (how != How::Skip).then_some(StateFill { data: how == How::Fill, ..fill })
+    };
+    Ok(wanted.into_iter().filter_map(decide).collect())
+}
+
+/// Guest bytes that fills write as data.
+pub(crate) fn bytes_of(cluster_bits: u32, fills: &[StateFill]) -> u64 {
+    (fills.iter().filter(|f| f.data).count() as u64) << cluster_bits
 }
 
 pub(crate) fn shape_of(image: &Image, size: u64) -> Target {

@@ -5,15 +5,17 @@ use std::path::{Path, PathBuf};
 use pleach_alloc::{Allocator, Place};
 use pleach_format::{BackingFile, GuestCluster, HostOffset, L2Entry, Mapping};
 use pleach_image::{
-    Chain, Image, ImageError, PieceKind, Switch, TableEditor, backing_path, clear_unknown_autoclear, publish,
-    release, set_backing,
+    Chain, Image, ImageError, PieceKind, StatesEditor, Switch, TableEditor, backing_path,
+    clear_unknown_autoclear, publish, release, set_backing,
 };
 use pleach_lineage::Reach;
 use pleach_plan::{How, Need, Say, Target};
 use pleach_store::{Access, Disk, FileId, Store};
 use rayon::prelude::*;
 
-use crate::delete::{DeletePlan, Direction, Merge, Naming, Prepared, Rebase, Work, directories, still_read};
+use crate::delete::{
+    DeletePlan, Direction, Merge, Naming, Prepared, Rebase, StateFill, Work, directories, still_read,
+};
 use crate::journal::{Intent, Journal, JournalImage, directory_of, pending, unfinished};
 use crate::open::OpenFiles;
 use crate::survey::{Survey, Trust};
@@ -227,16 +229,55 @@ fn stage_all<'a>(survey: &Survey, plan: &'a DeletePlan, open: &OpenFiles) -> Res
         let path = path_of(survey, merge.target);
         match &merge.work {
             Work::Raw { size, pieces } => Ok(stage_raw(merge, *size, pieces, open)),
-            Work::Clusters { shape, needs } => {
-                let layer = open.layer(merge.target);
-                let image = layer
-                    .image()
-                    .ok_or_else(|| Error::new(ErrorKind::Failed, "not a qcow2 image").at(path))?;
+            Work::Clusters { shape, needs } => image_of(open, merge, path).and_then(|image| {
                 stage_clusters(merge, *shape, needs, image).map_err(|e| Error::image(path, e))
-            }
+            }),
+            Work::States { cluster_bits, fills } => image_of(open, merge, path).and_then(|image| {
+                stage_states(merge, *cluster_bits, fills, image).map_err(|e| Error::image(path, e))
+            }),
         }
     };
     plan.merges().iter().map(stage).collect()
+}
+
+fn image_of<'o>(open: &'o OpenFiles, merge: &Merge, path: &Path) -> Result<&'o Image> {
+    open.layer(merge.target)
+        .image()
+        .ok_or_else(|| Error::new(ErrorKind::Failed, "not a qcow2 image").at(path))
+}
+
+/// Gives each cluster to all states that lack it.
+fn stage_states<'a>(
+    merge: &'a Merge,
+    cluster_bits: u32,
+    fills: &[StateFill],
+    image: &Image,
+) -> Result<Staged<'a>, ImageError> {
+    let g = image.geometry();
+    let mut allocator = Allocator::load(&**image.store(), Place::of(image.header()))?;
+    let mut editor = StatesEditor::new(image)?;
+    let (mut steps, mut zeros) = (Vec::new(), Vec::new());
+    for fill in fills {
+        let cluster = GuestCluster(fill.cluster);
+        if !fill.data {
+            editor.fill(&mut allocator, cluster, &fill.states, None)?;
+            continue;
+        }
+        let (guest, host) = (fill.cluster << cluster_bits, g.host_offset(allocator.allocate()?));
+        editor.fill(&mut allocator, cluster, &fill.states, Some(host))?;
+        let len = fill.end - guest;
+        push(&mut steps, Step { guest, len, host: host.0 });
+        if len < g.cluster_size() {
+            zeros.push(Step { guest: fill.end, len: g.cluster_size() - len, host: host.0 + len });
+        }
+    }
+    let end = allocator.end().0 * g.cluster_size();
+    let old_len = image.file_len();
+    let mut reserve: Vec<_> =
+        steps.iter().map(|s| s.host..s.host + s.len).filter(|r| r.end <= old_len).collect();
+    reserve.push(old_len..end.max(old_len));
+    let steps = steps.into_iter().flat_map(cut).collect();
+    Ok(Staged { merge, steps, zeros, clusters: Some((allocator, editor.finish())), reserve, old_len })
 }
 
 fn stage_raw<'a>(
@@ -387,8 +428,13 @@ fn merge(
         Some(e) => Error::image(path, e),
         None => stopped(),
     })?;
-    outcome.bytes_written += staged.steps.iter().map(|s| s.len).sum::<u64>();
     outcome.bytes_cloned += cloned;
+    let io = |what: &'static str| move |e| Error::io(what, path, e);
+    for zero in &staged.zeros {
+        target.discard(zero.host..zero.host + zero.len).map_err(io("write zeros to"))?;
+    }
+    let tails = if staged.clusters.is_some() { staged.zeros.as_slice() } else { &[] };
+    outcome.bytes_written += staged.steps.iter().chain(tails).map(|s| s.len).sum::<u64>();
     match staged.clusters {
         Some((mut allocator, switch)) => {
             let wrap = |e| Error::image(path, e);
@@ -399,10 +445,6 @@ fn merge(
             release(target, &mut allocator, &switch.drops).map_err(wrap)
         }
         None => {
-            let io = |what: &'static str| move |e| Error::io(what, path, e);
-            for zero in &staged.zeros {
-                target.discard(zero.host..zero.host + zero.len).map_err(io("write zeros to"))?;
-            }
             if let Work::Raw { size, .. } = staged.merge.work {
                 target.set_len(size).map_err(io("set the length of"))?;
             }
@@ -413,7 +455,10 @@ fn merge(
 
 /// The files that the merge's result is read from, top first: reader, victim, and what lies below.
 fn chain_of(survey: &Survey, merge: &Merge) -> Result<Vec<usize>> {
-    survey.chain(merge.reader)
+    let chain = survey.chain(merge.reader)?;
+    // What the states of an image lack is read below it: they share what is copied.
+    let from = usize::from(matches!(merge.work, Work::States { .. }));
+    Ok(chain.get(from..).unwrap_or(&[]).to_vec())
 }
 
 /// Copies in parallel; the steps are disjoint, so their order is free. Returns how many bytes were shared.

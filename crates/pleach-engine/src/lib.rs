@@ -44,7 +44,7 @@ pub mod survey;
 mod watch;
 
 pub use delete::{
-    DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, Work, prepare,
+    DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, StateFill, Work, prepare,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use execute::{Outcome, execute};

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use pleach_format::{GuestOffset, HostOffset, Mapping, RunList};
-use pleach_image::{Chain, Image, Layer};
+use pleach_format::{GuestOffset, HostOffset, L1Entry, Mapping, RunList};
+use pleach_image::{Chain, Image, ImageError, Layer};
 use pleach_plan::{Content, Cover};
 use rayon::prelude::*;
 
@@ -36,11 +36,30 @@ pub fn layer_runs(path: &Path, layer: &Layer) -> Result<RunList> {
     }
 }
 
-fn image_runs(image: &Image) -> Result<RunList, pleach_image::ImageError> {
+/// What each internal snapshot of an image says, in table order.
+///
+/// # Errors
+/// As [`layer_runs`].
+pub(crate) fn snapshot_covers(path: &Path, image: &Image) -> Result<Vec<Cover>> {
+    let wrap = |e| Error::image(path, e);
+    let cover = |snapshot| {
+        let (l1, size) = image.snapshot_l1(snapshot).map_err(wrap)?;
+        Ok(Cover::of_runs(size, &state_runs(image, &l1, size).map_err(wrap)?))
+    };
+    image.snapshots().map_err(wrap)?.iter().map(cover).collect()
+}
+
+fn image_runs(image: &Image) -> Result<RunList, ImageError> {
+    state_runs(image, image.l1(), image.size())
+}
+
+fn state_runs(image: &Image, l1: &[L1Entry], size: u64) -> Result<RunList, ImageError> {
     image.check_readable()?;
-    let slots = usize::try_from(image.geometry().required_l1(image.size())).unwrap_or(usize::MAX);
-    let parts: Vec<RunList> =
-        (0..slots.min(image.l1().len())).into_par_iter().map(|i| image.runs(i)).collect::<Result<_, _>>()?;
+    let slots = usize::try_from(image.geometry().required_l1(size)).unwrap_or(usize::MAX);
+    let parts: Vec<RunList> = (0..slots.min(l1.len()))
+        .into_par_iter()
+        .map(|i| image.runs_of(l1, size, i))
+        .collect::<Result<_, _>>()?;
     let mut all = RunList::new();
     for part in parts {
         all.append(part);

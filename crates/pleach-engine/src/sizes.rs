@@ -11,10 +11,10 @@ use pleach_plan::{Content, Cover, Need, Summary, Target, candidates, commit, pul
 use pleach_store::{Disk, Role};
 use rayon::prelude::*;
 
-use crate::delete::{can_merge_down, data_extents, shape_of};
+use crate::delete::{bytes_of, can_merge_down, data_extents, fills_of, shape_of};
 use crate::family::{Family, State};
 use crate::open::open_one;
-use crate::scan::{layer_runs, zero_clusters};
+use crate::scan::{layer_runs, snapshot_covers, zero_clusters};
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile};
 use crate::{Error, Result};
 
@@ -25,8 +25,8 @@ pub struct Sizes {
     pub on_disk: u64,
     /// What of that no other node reads: clusters that only this node reads, and those that none does.
     pub freed_if_deleted: u64,
-    /// Guest data that deleting the node, with default options, writes into other files; `None` where that is refused.
-    pub written_if_deleted: Option<u64>,
+    /// Guest data that deleting the node, with default options, writes into other files.
+    pub written_if_deleted: u64,
 }
 
 /// What is known of one file after one look at all its tables.
@@ -39,6 +39,7 @@ struct Scanned {
     cluster: u64,
     allocated: Vec<Range<u64>>,
     snapshots: Vec<StateClusters>,
+    states: Vec<Cover>,
 }
 
 /// Host clusters of one internal state, sorted, each once.
@@ -96,6 +97,10 @@ fn scan(disk: &dyn Disk, file: &SurveyFile) -> Result<Scanned> {
             }
             _ => Vec::new(),
         },
+        states: match image {
+            Some(image) if !file.snapshots.is_empty() => snapshot_covers(path, image)?,
+            _ => Vec::new(),
+        },
     })
 }
 
@@ -135,14 +140,8 @@ fn of_file(
     let shared = shared_ranges(own, &readers);
     let on_disk = file.stat.allocated;
     let freed_if_deleted = on_disk.saturating_sub(allocated_within(&own.allocated, &shared));
-    let inside = |f: &SurveyFile| !f.snapshots.is_empty();
-    let holds = inside(file) || file.dependents.iter().filter_map(|&d| survey.files.get(d)).any(inside);
-    let written_if_deleted = if holds {
-        None
-    } else {
-        let content = below.get(&index).cloned().unwrap_or_default();
-        written(disk, survey, scanned, &content, index)?
-    };
+    let content = below.get(&index).cloned().unwrap_or_default();
+    let written_if_deleted = written(disk, survey, scanned, &content, index)?;
     Ok(Sizes { on_disk, freed_if_deleted, written_if_deleted })
 }
 
@@ -199,13 +198,20 @@ fn written(
     scanned: &BTreeMap<usize, Scanned>,
     content: &Content,
     index: usize,
-) -> Result<Option<u64>> {
-    let (Some(file), Some(own)) = (survey.files.get(index), scanned.get(&index)) else { return Ok(None) };
+) -> Result<u64> {
+    let (Some(file), Some(own)) = (survey.files.get(index), scanned.get(&index)) else { return Ok(0) };
     let mut sum = 0;
     for &dependent in &file.dependents {
-        let Some(over) = scanned.get(&dependent) else { return Ok(None) };
-        let Some(shape) = over.shape.filter(|_| over.writable) else { return Ok(None) };
+        let Some(over) = scanned.get(&dependent) else { continue };
+        let Some(shape) = over.shape else { continue };
         let pair = Pair { disk, survey, content, victim: index, reader: dependent };
+        if !over.states.is_empty() {
+            let covers: Vec<Cover> = std::iter::once(&over.cover).chain(&over.states).cloned().collect();
+            let fills =
+                fills_of(shape, &covers, &own.cover, content, |asked| pair.zero(shape, asked, false))?;
+            sum += bytes_of(shape.cluster_bits, &fills);
+            continue;
+        }
         let pulled = pair.cost(shape, &pull(shape, &over.cover, &own.cover, content))?;
         let down = own.shape.filter(|_| {
             file.dependents.len() == 1
@@ -226,7 +232,7 @@ fn written(
             }
         };
     }
-    Ok(Some(sum))
+    Ok(sum)
 }
 
 struct Pair<'a> {
@@ -240,13 +246,19 @@ struct Pair<'a> {
 impl Pair<'_> {
     fn cost(&self, shape: Target, needs: &[Need]) -> Result<u64> {
         let asked: Vec<u64> = candidates(needs).collect();
+        let zero = self.zero(shape, &asked, true)?;
+        Ok(Summary::of(shape, &settle(needs, zero)).bytes_written)
+    }
+
+    /// Which of some clusters read as zeros, in the reader or only in what it stands on.
+    fn zero(&self, shape: Target, asked: &[u64], in_reader: bool) -> Result<Vec<bool>> {
         if asked.is_empty() {
-            return Ok(Summary::of(shape, needs).bytes_written);
+            return Ok(Vec::new());
         }
         let bytes = |c: u64| c << shape.cluster_bits..(c + 1) << shape.cluster_bits;
         // The layers below matter only where they hold something.
         let deep = asked.iter().any(|&c| self.content.touches(&bytes(c)));
-        let mut files = vec![self.reader];
+        let mut files: Vec<usize> = in_reader.then_some(self.reader).into_iter().collect();
         files.extend(self.survey.chain(self.victim)?.into_iter().take(if deep { usize::MAX } else { 1 }));
         let layers = files
             .iter()
@@ -254,8 +266,7 @@ impl Pair<'_> {
             .map(|f| open_one(self.disk, f, Role::Look).map(Arc::new))
             .collect::<Result<Vec<Arc<Layer>>>>()?;
         let path = self.survey.files.get(self.victim).map(|f| f.path.clone()).unwrap_or_default();
-        let zero = zero_clusters(&path, &Chain::new(layers), shape.cluster_bits, &asked)?;
-        Ok(Summary::of(shape, &settle(needs, zero)).bytes_written)
+        zero_clusters(&path, &Chain::new(layers), shape.cluster_bits, asked)
     }
 }
 
@@ -279,7 +290,7 @@ fn of_snapshot(file: &Scanned, index: usize) -> Sizes {
     Sizes {
         on_disk: own.len() as u64 * file.cluster,
         freed_if_deleted: exclusive * file.cluster,
-        written_if_deleted: Some(0),
+        written_if_deleted: 0,
     }
 }
 

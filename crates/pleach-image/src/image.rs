@@ -172,11 +172,20 @@ impl Image {
     /// # Errors
     /// As [`l2_table`](Self::l2_table); L2 entries that break the format or lead out of the file.
     pub fn runs(&self, index: usize) -> Result<RunList, ImageError> {
+        self.runs_of(&self.l1, self.size(), index)
+    }
+
+    /// What the state with the L1 table `l1` and a disk of `size` bytes says about the guest bytes that L1 entry number
+    /// `index` answers for.
+    ///
+    /// # Errors
+    /// As [`runs`](Self::runs).
+    pub fn runs_of(&self, l1: &[L1Entry], size: u64, index: usize) -> Result<RunList, ImageError> {
         let mut runs = RunList::new();
-        let Some(table) = self.l1.get(index).map_or(Ok(None), |&entry| self.l2_table(entry))? else {
+        let Some(table) = l1.get(index).map_or(Ok(None), |&entry| self.l2_table(entry))? else {
             return Ok(runs);
         };
-        let (g, size) = (self.geometry(), self.size());
+        let g = self.geometry();
         let base = index as u64 * g.l1_span();
         self.for_each_entry(&table, |slot, entry| {
             let guest = base + slot as u64 * g.cluster_size();
@@ -365,6 +374,23 @@ impl Image {
     /// As [`read_snapshots`](Self::read_snapshots).
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, ImageError> {
         read_snapshots(&*self.store, self.header())
+    }
+
+    /// The L1 table of an internal snapshot, and the size of its disk.
+    ///
+    /// # Errors
+    /// A table outside the file, or one that is too short for the disk.
+    pub fn snapshot_l1(&self, snapshot: &SnapshotRecord) -> Result<(Vec<L1Entry>, u64), ImageError> {
+        let (g, size) = (self.geometry(), snapshot.disk_size.unwrap_or(self.size()) & !511);
+        let at = HostOffset(snapshot.l1_table_offset);
+        let l1 = read_l1(&*self.store, g, at, snapshot.l1_size)?;
+        if (l1.len() as u64) < g.required_l1(size) {
+            let (value, min) = (l1.len() as u64, g.required_l1(size));
+            let source =
+                FormatError::OutOfRange { field: "snapshot l1_size", value, min, max: u32::MAX.into() };
+            return Err(ImageError::Format { structure: "snapshot table entry", offset: None, source });
+        }
+        Ok((l1, size))
     }
 
     /// The persistent bitmaps; none if the extension is not consistent (autoclear bit 0).

@@ -32,6 +32,7 @@ mod error;
 mod image;
 mod names;
 mod publish;
+mod states;
 mod tables;
 
 pub use census::{census, leaked};
@@ -41,4 +42,5 @@ pub use error::ImageError;
 pub use image::{Head, Image, read_head};
 pub use names::{NameError, backing_path, escape};
 pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing};
+pub use states::StatesEditor;
 pub use tables::TableEditor;

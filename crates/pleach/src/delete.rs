@@ -174,6 +174,7 @@ impl View<'_> {
                     Work::Clusters { needs, .. } => {
                         Some(needs.iter().map(|n| n.clusters.end - n.clusters.start).sum::<u64>())
                     }
+                    Work::States { fills, .. } => Some(fills.len() as u64),
                     Work::Raw { .. } => None,
                 };
                 json!({

@@ -86,7 +86,7 @@ fn text(
         let figures = measured.get(id);
         let show = |value: Option<u64>| value.map_or_else(|| "-".to_owned(), |v| size::show(v, args.bytes));
         let (disk, freed) = (figures.map(|f| f.on_disk), figures.map(|f| f.freed_if_deleted));
-        let written = figures.and_then(|f| f.written_if_deleted);
+        let written = figures.map(|f| f.written_if_deleted);
         out.push_str(&format!(
             "{}  {:>12}  {:>16}  {:>18}\n",
             pad(line),
