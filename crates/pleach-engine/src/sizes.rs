@@ -204,7 +204,15 @@ fn written(
     for &dependent in &file.dependents {
         let Some(over) = scanned.get(&dependent) else { continue };
         let Some(shape) = over.shape else { continue };
-        let pair = Pair { disk, survey, content, victim: index, reader: dependent };
+        let pair = Pair {
+            disk,
+            survey,
+            content,
+            own: &own.cover,
+            over: &over.cover,
+            victim: index,
+            reader: dependent,
+        };
         if !over.states.is_empty() {
             let covers: Vec<Cover> = std::iter::once(&over.cover).chain(&over.states).cloned().collect();
             let fills =
@@ -239,6 +247,8 @@ struct Pair<'a> {
     disk: &'a dyn Disk,
     survey: &'a Survey,
     content: &'a Content,
+    own: &'a Cover,
+    over: &'a Cover,
     victim: usize,
     reader: usize,
 }
@@ -256,8 +266,15 @@ impl Pair<'_> {
             return Ok(Vec::new());
         }
         let bytes = |c: u64| c << shape.cluster_bits..(c + 1) << shape.cluster_bits;
-        // The layers below matter only where they hold something.
-        let deep = asked.iter().any(|&c| self.content.touches(&bytes(c)));
+        // The layers below matter only where they show through both.
+        let shows = |c: u64| {
+            let gaps = self.own.transparent(bytes(c));
+            let gaps = gaps
+                .into_iter()
+                .flat_map(|gap| if in_reader { self.over.transparent(gap) } else { vec![gap] });
+            gaps.into_iter().any(|gap| self.content.touches(&gap))
+        };
+        let deep = asked.iter().any(|&c| shows(c));
         let mut files: Vec<usize> = in_reader.then_some(self.reader).into_iter().collect();
         files.extend(self.survey.chain(self.victim)?.into_iter().take(if deep { usize::MAX } else { 1 }));
         let layers = files
