@@ -38,23 +38,30 @@ impl Census {
         Self::default()
     }
 
-    /// Meets one reference to a cluster.
-    pub fn add(&mut self, cluster: HostCluster) {
+    /// Meets `times` references to a cluster.
+    pub fn add(&mut self, cluster: HostCluster, times: u64) {
         let page = self.pages.entry(cluster.0 / PAGE).or_insert_with(|| vec![0; 4096]);
         if let Some(count) = usize::try_from(cluster.0 % PAGE).ok().and_then(|i| page.get_mut(i)) {
-            *count = count.saturating_add(1);
+            *count = count.saturating_add(u32::try_from(times).unwrap_or(u32::MAX));
         }
     }
 
-    /// Meets one reference to every cluster that `len` bytes from `offset` touch.
-    pub fn add_bytes(&mut self, place: &Place, offset: HostOffset, len: u64) {
+    /// One past the highest cluster met.
+    pub fn end(&self) -> u64 {
+        let last = self.pages.last_key_value();
+        let slot = last.and_then(|(_, counts)| counts.iter().rposition(|&c| c > 0));
+        last.zip(slot).map_or(0, |((page, _), slot)| page * PAGE + slot as u64 + 1)
+    }
+
+    /// Meets `times` references to every cluster that `len` bytes from `offset` touch. The range lies inside the file.
+    pub fn add_bytes(&mut self, place: &Place, offset: HostOffset, len: u64, times: u64) {
         if len == 0 {
             return;
         }
         let first = place.geometry.host_cluster(offset).0;
         let last = place.geometry.host_cluster(HostOffset(offset.0.saturating_add(len - 1))).0;
         for cluster in first..=last {
-            self.add(HostCluster(cluster));
+            self.add(HostCluster(cluster), times);
         }
     }
 
@@ -69,9 +76,9 @@ impl Census {
     pub fn add_refcount_structures(&mut self, table: &RefcountTable) {
         let place = table.place();
         let cluster = place.geometry.cluster_size();
-        self.add_bytes(&place, place.table, u64::from(place.table_clusters) * cluster);
+        self.add_bytes(&place, place.table, u64::from(place.table_clusters) * cluster, 1);
         for block in table.blocks().iter().flatten() {
-            self.add_bytes(&place, *block, cluster);
+            self.add_bytes(&place, *block, cluster, 1);
         }
     }
 

@@ -1,6 +1,8 @@
 //! The refcount table and the blocks it leads to, as stored.
 
-use pleach_format::{Geometry, Header, HostCluster, HostOffset, RefcountTableEntry, RefcountWidth};
+use pleach_format::{
+    FormatError, Geometry, Header, HostCluster, HostOffset, RefcountTableEntry, RefcountWidth,
+};
 use pleach_store::{Store, Window};
 
 use crate::AllocError;
@@ -44,6 +46,23 @@ impl RefcountTable {
     /// # Errors
     /// A table or block outside the file, or an entry that breaks the format.
     pub fn load(store: &dyn Store, place: Place) -> Result<Self, AllocError> {
+        let mut first = None;
+        let table = Self::load_with(store, place, |_, error| {
+            first.get_or_insert(error);
+        })?;
+        first.map_or(Ok(table), Err)
+    }
+
+    /// Reads the table of `store`. Entries that break the format or lead out of the file are handed to `bad` with their
+    /// number; a pointer that can be made out all the same is followed, others are taken as empty.
+    ///
+    /// # Errors
+    /// A table outside the file.
+    pub fn load_with(
+        store: &dyn Store,
+        place: Place,
+        mut bad: impl FnMut(u64, AllocError),
+    ) -> Result<Self, AllocError> {
         let window = store.window()?;
         let (cluster, len) = (place.geometry.cluster_size(), window.len());
         let end = len.next_multiple_of(cluster);
@@ -54,14 +73,24 @@ impl RefcountTable {
         let mut stored = vec![0; usize::try_from(bytes).unwrap_or(usize::MAX)];
         window.read_at(place.table.0, &mut stored);
         let mut entries = Vec::new();
-        for entry in stored.as_chunks::<8>().0 {
-            let block = RefcountTableEntry(u64::from_be_bytes(*entry)).block(place.geometry)?;
-            if let Some(offset) = block
-                && offset.0.checked_add(cluster).is_none_or(|e| e > end)
-            {
-                return Err(AllocError::Outside { structure: "refcount block", offset: offset.0, len });
+        for (index, entry) in (0..).zip(stored.as_chunks::<8>().0) {
+            let raw = u64::from_be_bytes(*entry);
+            let mut block = RefcountTableEntry(raw).block(place.geometry);
+            if let Err(FormatError::Reserved { reserved, .. }) = block {
+                bad(index, block.expect_err("just seen").into());
+                block = RefcountTableEntry(raw & !reserved).block(place.geometry);
             }
-            entries.push(block);
+            entries.push(match block {
+                Ok(Some(offset)) if offset.0.checked_add(cluster).is_none_or(|e| e > end) => {
+                    bad(index, AllocError::Outside { structure: "refcount block", offset: offset.0, len });
+                    None
+                }
+                Ok(block) => block,
+                Err(error) => {
+                    bad(index, error.into());
+                    None
+                }
+            });
         }
         Ok(Self { place, entries, window })
     }

@@ -127,7 +127,8 @@ impl Error {
         error
     }
 
-    pub(crate) fn lock(path: &Path, source: LockError) -> Self {
+    /// What a refused lock on the image at `path` means.
+    pub fn locked(path: &Path, source: LockError) -> Self {
         match source {
             LockError::InUse { .. } => Self::new(ErrorKind::InUse, format!("the image is {source}"))
                 .at(path)

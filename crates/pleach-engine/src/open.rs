@@ -54,7 +54,7 @@ pub fn open_one(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Layer>
     let access = if role == Role::Write { Access::Write } else { Access::Read };
     let path = &file.path;
     let store = disk.open(path, access).map_err(|e| Error::io("open the image", path, e))?;
-    store.lock(role).map_err(|e| Error::lock(path, e))?;
+    store.lock(role).map_err(|e| Error::locked(path, e))?;
     let stat = store.stat().map_err(|e| Error::io("look at the image", path, e))?;
     if stat.id != file.stat.id {
         return Err(changed(path, "another file has its name now"));

@@ -188,7 +188,7 @@ impl MergeIntent<'_> {
 
 fn open(disk: &dyn Disk, path: &Path) -> Result<std::sync::Arc<dyn Store>> {
     let store = disk.open(path, Access::Write).map_err(|e| Error::io("open the image", path, e))?;
-    store.lock(Role::Write).map_err(|e| Error::lock(path, e))?;
+    store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
     Ok(store)
 }
 
@@ -213,7 +213,7 @@ fn mend_headers(disk: &dyn Disk, contents: &Contents) -> Result<()> {
         if read_head(&*store).is_ok() {
             continue;
         }
-        store.lock(Role::Write).map_err(|e| Error::lock(path, e))?;
+        store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
         store.write_at(0, bytes).map_err(|e| Error::io("write the header of", path, e))?;
         store.barrier().map_err(|e| Error::io("flush", path, e))?;
     }

@@ -45,18 +45,24 @@ struct Scanned {
 /// Host clusters of one internal state, sorted, each once.
 type StateClusters = Vec<u64>;
 
-/// The figures of every node.
+/// The figures of every node. The files are locked for `role` while they are looked at: [`Role::Look`] takes them even
+/// from under a writer.
 ///
 /// # Errors
-/// Damage in an image's tables; a file that cannot be opened.
-pub fn sizes(disk: &dyn Disk, survey: &Survey, family: &Family) -> Result<BTreeMap<NodeId, Sizes>> {
+/// Damage in an image's tables; a file that cannot be opened or locked.
+pub fn sizes(
+    disk: &dyn Disk,
+    survey: &Survey,
+    family: &Family,
+    role: Role,
+) -> Result<BTreeMap<NodeId, Sizes>> {
     let nodes: Vec<usize> = (0..survey.files.len()).filter(|&i| family.node_of_file(i).is_some()).collect();
     let scanned: BTreeMap<usize, Scanned> = nodes
         .par_iter()
         .map(|&i| {
             let file =
                 survey.files.get(i).ok_or_else(|| Error::new(crate::ErrorKind::NotFound, "no such file"))?;
-            Ok((i, scan(disk, file)?))
+            Ok((i, scan(disk, file, role)?))
         })
         .collect::<Result<_>>()?;
     let below = contents(survey, family, &scanned);
@@ -77,8 +83,8 @@ pub fn sizes(disk: &dyn Disk, survey: &Survey, family: &Family) -> Result<BTreeM
     Ok(measured.into_iter().collect())
 }
 
-fn scan(disk: &dyn Disk, file: &SurveyFile) -> Result<Scanned> {
-    let layer = open_one(disk, file, Role::Look)?;
+fn scan(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Scanned> {
+    let layer = open_one(disk, file, role)?;
     let path = &file.path;
     let runs = layer_runs(path, &layer)?;
     let len = layer.store().len().map_err(|e| Error::io("find the length of", path, e))?;

@@ -72,6 +72,14 @@ pub enum ImageError {
         /// Pointers found.
         references: u64,
     },
+    /// A pointer breaks the format or leads out of the file.
+    #[error("the image is damaged: {what}; repair it first (qemu-img check -r all)")]
+    Damaged {
+        /// What is wrong.
+        what: String,
+        /// Where, if known.
+        offset: Option<u64>,
+    },
     /// The file is no longer what was looked at before.
     #[error("the image was changed by somebody else meanwhile: {what}")]
     Changed {
@@ -99,7 +107,7 @@ impl ImageError {
     /// The host offset that the error is about, where there is one.
     pub fn offset(&self) -> Option<u64> {
         match self {
-            Self::Format { offset, .. } => *offset,
+            Self::Format { offset, .. } | Self::Damaged { offset, .. } => *offset,
             Self::Outside { offset, .. } | Self::Compressed { offset, .. } => Some(*offset),
             _ => None,
         }

@@ -321,11 +321,14 @@ impl Image {
         }
     }
 
-    /// Bytes of a compressed extent that clusters are counted for: what it claims behind the end of the file takes no
-    /// cluster there.
+    /// Bytes of a compressed extent that clusters are counted for: all that it claims, unless it claims a whole cluster
+    /// and more behind the end of the file.
     pub(crate) fn counted_bytes(&self, extent: CompressedExtent) -> u64 {
-        let end = self.file_len.next_multiple_of(self.geometry().cluster_size());
-        extent.bytes.min(end.saturating_sub(extent.offset.0))
+        let cluster = self.geometry().cluster_size();
+        if extent.offset.0.saturating_add(extent.bytes).saturating_sub(self.file_len) < cluster {
+            return extent.bytes;
+        }
+        self.file_len.next_multiple_of(cluster).saturating_sub(extent.offset.0).min(extent.bytes)
     }
 
     fn cached_table(&self, index: u64) -> Result<Option<Arc<[u8]>>, ImageError> {

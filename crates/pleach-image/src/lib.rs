@@ -26,6 +26,7 @@
 
 mod census;
 mod chain;
+mod check;
 mod codec;
 mod create;
 mod error;
@@ -34,9 +35,11 @@ mod names;
 mod publish;
 mod states;
 mod tables;
+mod walk;
 
 pub use census::{census, leaked};
 pub use chain::{Chain, Layer, Piece, PieceKind, RawImage};
+pub use check::{CheckReport, check};
 pub use create::{CreateOptions, create};
 pub use error::ImageError;
 pub use image::{Head, Image, read_head};
@@ -44,3 +47,4 @@ pub use names::{NameError, backing_path, escape};
 pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing};
 pub use states::StatesEditor;
 pub use tables::TableEditor;
+pub use walk::Finding;

@@ -20,6 +20,8 @@ pub(crate) enum Command {
     Tree(TreeArgs),
     /// Show what images are, and what they stand on
     Info(InfoArgs),
+    /// Check images for inconsistencies; nothing is changed
+    Check(CheckArgs),
     /// Create a new, empty image
     Create(CreateArgs),
     /// Delete a node; the content of every node that stays is unchanged
@@ -58,6 +60,9 @@ pub(crate) struct TreeArgs {
     /// Draw the tree with ASCII characters
     #[arg(long)]
     pub(crate) ascii: bool,
+    /// Look even while somebody writes
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
     /// Print exact sizes
     #[arg(long)]
     pub(crate) bytes: bool,
@@ -75,8 +80,16 @@ impl TreeArgs {
     /// The arguments of `pleach tree --sizes DIR`.
     pub(crate) fn with_sizes(dir: &std::path::Path) -> Self {
         let trust = TrustArgs { allowed: Vec::new(), trust: false };
-        let target = dir.to_owned();
-        Self { target, sizes: true, ascii: false, bytes: false, json: false, also: Vec::new(), trust }
+        Self {
+            target: dir.to_owned(),
+            sizes: true,
+            ascii: false,
+            force_share: false,
+            bytes: false,
+            json: false,
+            also: Vec::new(),
+            trust,
+        }
     }
 }
 
@@ -97,6 +110,24 @@ pub(crate) struct InfoArgs {
     /// Print exact sizes
     #[arg(long)]
     pub(crate) bytes: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Images, or directories of images
+    #[arg(required = true, value_name = "IMG")]
+    pub(crate) images: Vec<PathBuf>,
+    /// Check the backing files too
+    #[arg(long)]
+    pub(crate) chain: bool,
+    /// Look even while somebody writes: what is found may only be half-way
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,

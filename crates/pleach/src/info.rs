@@ -57,7 +57,7 @@ fn chain(path: &Path, args: &InfoArgs, images: &mut Vec<Value>) -> Result<()> {
 fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Value> {
     let store = RealDisk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
     let role = if args.force_share { Role::Look } else { Role::Read };
-    store.lock(role).map_err(|e| lock(path, e))?;
+    store.lock(role).map_err(|e| Error::locked(path, e).hint("-U looks at it all the same"))?;
     let stat = store.stat().map_err(|e| Error::io("look at the image", path, e))?;
     let mut magic = [0; 4];
     store.read_at(0, &mut magic).map_err(|e| Error::io("read the image", path, e))?;
@@ -85,14 +85,6 @@ fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Value>
     }
     let image = Image::open(store).map_err(|e| Error::image(path, e))?;
     qcow2(path, &image, stat.allocated)
-}
-
-fn lock(path: &Path, error: pleach_store::LockError) -> Error {
-    let kind = match error {
-        pleach_store::LockError::InUse { .. } => ErrorKind::InUse,
-        _ => ErrorKind::Failed,
-    };
-    Error::new(kind, format!("the image is {error}")).at(path).hint("-U looks at it all the same")
 }
 
 fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Value> {

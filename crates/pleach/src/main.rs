@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod check;
 mod confirm;
 mod create;
 mod delete;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     let (json, result) = match command {
         Command::Tree(args) => (args.json, tree::run(&args)),
         Command::Info(args) => (args.json, info::run(&args)),
+        Command::Check(args) => (args.json, check::run(&args)),
         Command::Create(args) => (args.json, create::run(&args)),
         Command::Delete(args) => (args.json, delete::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
 
 use pleach_engine::family::{Family, ONLY_DISK, State};
-use pleach_engine::survey::Survey;
+use pleach_engine::survey::{Survey, SurveyFile};
 use pleach_engine::{Error, Result, Sizes, sizes};
 use pleach_lineage::text::{Style, rows};
 use pleach_lineage::{Kind, Lineage, NodeId, Storage};
-use pleach_store::RealDisk;
+use pleach_store::{Access, Disk, RealDisk, Role};
 use serde_json::{Map, Value, json};
 
 use crate::args::TreeArgs;
@@ -20,10 +20,17 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
     let survey = target.survey(&args.trust.trust())?;
     let family = target.family(&survey)?;
     let shown = shown(&target, &survey, &family);
+    let role = if args.force_share { Role::Look } else { Role::Read };
+    for file in &survey.files {
+        let node = survey.find_id(file.stat.id).and_then(|index| family.node_of_file(index));
+        if node.is_some_and(|id| shown.contains(&id)) {
+            lock(file, role)?;
+        }
+    }
     let mut wrong = problems(&survey);
     wrong.extend(survey.broken.iter().map(|b| Error::new(b.error.kind, b.error.full()).at(&b.path)));
     let measured = if args.sizes || args.json {
-        match sizes(&RealDisk, &survey, &family) {
+        match sizes(&RealDisk, &survey, &family, role) {
             Ok(measured) => measured,
             // The hierarchy is worth showing even where a figure cannot be had.
             Err(error) if !args.sizes => {
@@ -42,6 +49,13 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
         wrong.iter().for_each(output::report);
     }
     Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Refuses a file that somebody writes to, unless that was asked for: what would be shown may be half-way.
+fn lock(file: &SurveyFile, role: Role) -> Result<()> {
+    let path = &file.path;
+    let store = RealDisk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
+    store.lock(role).map_err(|e| Error::locked(path, e).hint("-U looks at it all the same"))
 }
 
 /// The nodes to show: all of a directory, or the tree that an image belongs to.

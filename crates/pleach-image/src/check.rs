@@ -1,0 +1,211 @@
+//! Consistency of one image: what `qemu-img check` counts, and why.
+
+use pleach_alloc::{Discrepancy, RefcountTable};
+use pleach_format::{HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
+
+use crate::walk::{Finding, Walked, entries, walk};
+use crate::{Image, ImageError};
+
+/// The outcome of a check.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CheckReport {
+    /// Inconsistencies that may cost data.
+    pub errors: u64,
+    /// Clusters that are counted too often: lost space, no harm.
+    pub leaks: u64,
+    /// Guest clusters that the active state has data or zeros allocated for.
+    pub allocated_clusters: u64,
+    /// Of these, compressed ones.
+    pub compressed_clusters: u64,
+    /// Of these, those that do not follow the one before them in the file; every compressed one.
+    pub fragmented_clusters: u64,
+    /// Guest clusters of the disk.
+    pub total_clusters: u64,
+    /// Host offset behind the last cluster that is in use or counted.
+    pub image_end_offset: u64,
+    /// What was found, in the order of the walk, leaks last.
+    pub findings: Vec<Finding>,
+}
+
+/// Checks an image without changing it.
+///
+/// Counts below the number of references, wrong COPIED flags of the active state, and pointers that break the format or
+/// lead out of the file are errors; counts above it are leaks, unless the cluster lies behind the end of the file.
+///
+/// # Errors
+/// A file that cannot be read, or a refcount table that cannot be loaded.
+pub fn check(image: &Image) -> Result<CheckReport, ImageError> {
+    let g = image.geometry();
+    let mut report = CheckReport { total_clusters: g.clusters_for(image.size()).0, ..CheckReport::default() };
+    let walked = walk(image, &mut |finding| {
+        report.errors += finding.times;
+        report.findings.push(finding);
+        Ok(())
+    })?;
+    copied_flags(image, &walked, &mut report)?;
+    compare(image, &walked, &mut report);
+    Ok(report)
+}
+
+/// Checks COPIED in the active tables, and gathers the figures of the active state.
+fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Result<(), ImageError> {
+    let g = image.geometry();
+    let mut counts = Counts::new(&walked.counts);
+    let data_file = image.header().incompatible().has(pleach_format::Incompatible::DATA_FILE);
+    for (&at, used) in &walked.tables {
+        let Some(slot) = used.active else { continue };
+        let entry = image.l1().get(slot).copied().unwrap_or_default();
+        let count = counts.get(g.host_cluster(HostOffset(at)));
+        if entry.copied() != (count == 1) {
+            let place = image.header().l1_table_offset().0 + slot as u64 * 8;
+            let guest = Some((used.guest, g.l1_span()));
+            report.copied(
+                "L1 table",
+                entry.0,
+                place,
+                guest,
+                count,
+                entry == L1Entry(entry.0).with_copied(true),
+            );
+        }
+        let mut expected = None;
+        for (slot, raw, target) in entries(image, at)? {
+            let Ok(target) = target else { continue };
+            report.allocated_clusters += 1;
+            if raw.is_compressed() {
+                report.compressed_clusters += 1;
+                report.fragmented_clusters += 1;
+                continue;
+            }
+            if expected.is_some_and(|e| e != target.offset) {
+                report.fragmented_clusters += 1;
+            }
+            expected = Some(target.offset + g.cluster_size());
+            let count = counts.get(g.host_cluster(HostOffset(target.offset)));
+            if raw.copied() != (count == 1) && !data_file {
+                let place = at + slot as u64 * g.l2_entry_bytes() as u64;
+                let guest = Some((used.guest + slot as u64 * g.cluster_size(), g.cluster_size()));
+                report.copied("L2 table", raw.0, place, guest, count, raw.copied());
+            }
+        }
+        if data_file {
+            external(image, at, used.guest, report)?;
+        }
+    }
+    Ok(())
+}
+
+/// Entries of an image with an external data file: always COPIED, and nothing compressed.
+fn external(image: &Image, at: u64, base: u64, report: &mut CheckReport) -> Result<(), ImageError> {
+    let g = image.geometry();
+    let table = image.l2_table(L1Entry(at))?.unwrap_or_default();
+    let mut expected = None;
+    image.for_each_entry(&table, |slot, entry| {
+        let raw: L2Entry = entry.descriptor;
+        let allocated = match raw.decode(g, image.header().version()) {
+            Ok(Mapping::Data(at) | Mapping::ZeroAllocated(at)) => Some(at.0),
+            // Offset 0 is a place in the data file.
+            Ok(Mapping::Unallocated) if raw.copied() => Some(0),
+            _ => None,
+        };
+        if let Some(host) = allocated {
+            report.allocated_clusters += 1;
+            report.fragmented_clusters += u64::from(expected.is_some_and(|e| e != host));
+            expected = Some(host + g.cluster_size());
+            if !raw.copied() {
+                let place = at + slot as u64 * g.l2_entry_bytes() as u64;
+                let guest = Some((base + slot as u64 * g.cluster_size(), g.cluster_size()));
+                report.copied("L2 table", raw.0, place, guest, 1, false);
+            }
+        }
+        Ok(())
+    })
+}
+
+fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {
+    let g = image.geometry();
+    let clusters = image.file_len().div_ceil(g.cluster_size());
+    let mut end = walked.census.end();
+    walked.counts.for_each_used(|cluster, _| {
+        if cluster.0 < clusters {
+            end = end.max(cluster.0 + 1);
+        }
+    });
+    report.image_end_offset = end * g.cluster_size();
+    for Discrepancy { cluster, stored, references } in walked.census.compare(&walked.counts) {
+        let leak = stored > references;
+        if leak && cluster.0 >= clusters {
+            // A count for what is not there takes no space.
+            continue;
+        }
+        let message = if leak {
+            format!("cluster {} is counted {stored} times, {references} pointers lead there", cluster.0)
+        } else {
+            format!(
+                "cluster {} is counted {stored} times, but {references} pointers lead there: a write may overwrite what \
+                 the others read",
+                cluster.0
+            )
+        };
+        *(if leak { &mut report.leaks } else { &mut report.errors }) += 1;
+        report.findings.push(Finding {
+            code: if leak { "leak" } else { "refcount-too-low" },
+            structure: "refcount block",
+            offset: Some(g.host_offset(cluster).0),
+            guest: None,
+            message,
+            times: 1,
+        });
+    }
+}
+
+impl CheckReport {
+    fn copied(
+        &mut self,
+        structure: &'static str,
+        entry: u64,
+        offset: u64,
+        guest: Option<(u64, u64)>,
+        count: u64,
+        copied: bool,
+    ) {
+        let effect = if copied {
+            "the next write there changes what other states read"
+        } else {
+            "the next write there copies needlessly"
+        };
+        self.errors += 1;
+        self.findings.push(Finding {
+            code: "copied-flag",
+            structure,
+            offset: Some(offset),
+            guest,
+            message: format!("entry {entry:#x}: the COPIED flag does not fit the refcount {count}; {effect}"),
+            times: 1,
+        });
+    }
+}
+
+/// Stored counts, one block at a time.
+struct Counts<'a> {
+    table: &'a RefcountTable,
+    block: Option<(u64, Vec<u8>)>,
+}
+
+impl<'a> Counts<'a> {
+    fn new(table: &'a RefcountTable) -> Self {
+        Self { table, block: None }
+    }
+
+    fn get(&mut self, cluster: HostCluster) -> u64 {
+        let place = self.table.place();
+        let per_block = place.width.per_block(place.geometry);
+        let index = cluster.0 / per_block;
+        if self.block.as_ref().is_none_or(|(i, _)| *i != index) {
+            let bytes = self.table.read_block(index).map(|(_, bytes)| bytes).unwrap_or_default();
+            self.block = Some((index, bytes));
+        }
+        let slot = usize::try_from(cluster.0 % per_block).unwrap_or(usize::MAX);
+        self.block.as_ref().map_or(0, |(_, bytes)| place.width.get(bytes, slot))
+    }
+}

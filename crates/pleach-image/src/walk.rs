@@ -1,0 +1,412 @@
+//! Walking all pointers of one image: what refers to which host cluster, and which pointers are wrong.
+//!
+//! Every L2 table is read once, however many L1 entries lead to it, and its references count that many times: the work
+//! follows the tables that the file holds, not what its fields claim.
+
+use std::collections::BTreeMap;
+
+use pleach_alloc::{Census, Place, RefcountTable};
+use pleach_format::{
+    ExtensionKind, FormatError, Geometry, HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, Mapping,
+    Version,
+};
+
+use crate::image::{check_inside, read_l1};
+use crate::{Image, ImageError};
+
+/// Something wrong in an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// A name for programs.
+    pub code: &'static str,
+    /// The structure that it is in.
+    pub structure: &'static str,
+    /// Host offset of the entry or structure, where there is one.
+    pub offset: Option<u64>,
+    /// Guest offset and length of what it concerns, where that is guest data.
+    pub guest: Option<(u64, u64)>,
+    /// What is wrong, and what the guest will see.
+    pub message: String,
+    /// How many pointers it concerns: a shared table is met once for each that leads to it.
+    pub times: u64,
+}
+
+/// What becomes of a finding: to go on, or to stop.
+pub(crate) type Sink<'a> = dyn FnMut(Finding) -> Result<(), ImageError> + 'a;
+
+/// One L2 table, as met from the L1 tables.
+#[derive(Clone, Debug)]
+pub(crate) struct TableUse {
+    /// L1 entries that lead to it, of all states.
+    pub(crate) references: u64,
+    /// Guest offset of its first entry: the active state's if that uses it.
+    pub(crate) guest: u64,
+    /// Whether the active state uses it, and the L1 slot.
+    pub(crate) active: Option<usize>,
+}
+
+/// The result of a walk.
+#[derive(Debug)]
+pub(crate) struct Walked {
+    pub(crate) census: Census,
+    pub(crate) tables: BTreeMap<u64, TableUse>,
+    pub(crate) counts: RefcountTable,
+}
+
+/// Walks the image. Pointers that break the format or lead out of the file go to `sink`, and are not followed.
+///
+/// # Errors
+/// What `sink` says; a file that cannot be read.
+pub(crate) fn walk(image: &Image, sink: &mut Sink<'_>) -> Result<Walked, ImageError> {
+    let header = image.header();
+    let place = Place::of(header);
+    let counts = refcounts(image, place, sink)?;
+    let mut census = Census::new();
+    census.add(HostCluster(0), 1);
+    census.add_refcount_structures(&counts);
+    let mut walk = Walk { image, place, census, tables: BTreeMap::new() };
+    walk.census.add_bytes(&place, header.l1_table_offset(), u64::from(header.l1_size()) * 8, 1);
+    walk.l1(image.l1(), header.l1_table_offset(), true, sink)?;
+    walk.snapshots(sink)?;
+    walk.l2_tables(sink)?;
+    walk.bitmaps(sink)?;
+    walk.encryption(sink)?;
+    Ok(Walked { census: walk.census, tables: walk.tables, counts })
+}
+
+fn refcounts(image: &Image, place: Place, sink: &mut Sink<'_>) -> Result<RefcountTable, ImageError> {
+    let mut stopped = None;
+    let table = RefcountTable::load_with(&**image.store(), place, |index, error| {
+        let offset = place.table.0 + index * 8;
+        let found = Finding {
+            code: "refcount-block-pointer",
+            structure: "refcount table",
+            offset: Some(offset),
+            guest: None,
+            message: format!("refcount table entry {index}: {error}; its clusters have no counts"),
+            times: 1,
+        };
+        if let Err(stop) = sink(found) {
+            stopped.get_or_insert(stop);
+        }
+    });
+    match stopped {
+        Some(error) => Err(error),
+        None => Ok(table?),
+    }
+}
+
+struct Walk<'a> {
+    image: &'a Image,
+    place: Place,
+    census: Census,
+    tables: BTreeMap<u64, TableUse>,
+}
+
+impl Walk<'_> {
+    fn geometry(&self) -> Geometry {
+        self.place.geometry
+    }
+
+    /// Meets the L2 tables that one L1 table leads to.
+    fn l1(
+        &mut self,
+        l1: &[L1Entry],
+        at: HostOffset,
+        active: bool,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), ImageError> {
+        let g = self.geometry();
+        for (slot, &entry) in l1.iter().enumerate() {
+            let guest = slot as u64 * g.l1_span();
+            let bad = |code, message: String| Finding {
+                code,
+                structure: "L1 table",
+                offset: Some(at.0 + slot as u64 * 8),
+                guest: Some((guest, g.l1_span())),
+                message,
+                times: 1,
+            };
+            let raw = entry.0;
+            let offset = match entry.l2_table(g) {
+                Ok(None) => continue,
+                Ok(Some(offset)) => offset,
+                Err(FormatError::Reserved { reserved, .. }) => {
+                    sink(bad(
+                        "l1-reserved",
+                        format!("L1 entry {slot} is {raw:#x}: reserved bits {reserved:#x} are set"),
+                    ))?;
+                    match L1Entry(raw & !reserved).l2_table(g) {
+                        Ok(Some(offset)) => offset,
+                        _ => continue,
+                    }
+                }
+                Err(error) => {
+                    sink(bad(
+                        "l1-pointer",
+                        format!("L1 entry {slot}: {error}; the guest cannot read this range"),
+                    ))?;
+                    continue;
+                }
+            };
+            if let Err(error) = check_inside("L2 table", offset.0, g.cluster_size(), self.image.file_len(), g)
+            {
+                sink(bad(
+                    "l1-pointer",
+                    format!("L1 entry {slot}: {error}; the guest cannot read this range"),
+                ))?;
+                continue;
+            }
+            let table =
+                self.tables.entry(offset.0).or_insert(TableUse { references: 0, guest, active: None });
+            table.references += 1;
+            if active {
+                table.guest = guest;
+                table.active = Some(slot);
+            }
+        }
+        Ok(())
+    }
+
+    fn snapshots(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
+        let header = self.image.header();
+        let at = header.snapshots_offset().0;
+        let bad = |code, message: String| Finding {
+            code,
+            structure: "snapshot table",
+            offset: Some(at),
+            guest: None,
+            message,
+            times: 1,
+        };
+        let snapshots = match self.image.snapshots() {
+            Ok(snapshots) => snapshots,
+            Err(error @ ImageError::Io { .. }) => return Err(error),
+            Err(error) => {
+                sink(bad("snapshot-table", format!("{error}; no snapshot can be read")))?;
+                Vec::new()
+            }
+        };
+        let last = snapshots.len().saturating_sub(1);
+        let mut bytes = 0u64;
+        for (i, snapshot) in snapshots.iter().enumerate() {
+            let stored = snapshot.stored_bytes as u64;
+            bytes += if i == last { stored } else { stored.next_multiple_of(8) };
+            let offset = HostOffset(snapshot.l1_table_offset);
+            let name = crate::escape(&snapshot.name);
+            if header.version() == Version::V3 && snapshot.disk_size.is_none() {
+                sink(bad(
+                    "snapshot-incomplete",
+                    format!("snapshot table entry {i} (\"{name}\") lacks its disk size"),
+                ))?;
+            }
+            if !self.geometry().is_aligned(offset.0) {
+                sink(bad(
+                    "snapshot-l1",
+                    format!("L1 table of snapshot \"{name}\" is at {:#x}: not aligned", offset.0),
+                ))?;
+                continue;
+            }
+            match read_l1(&**self.image.store(), self.geometry(), offset, snapshot.l1_size) {
+                Ok(l1) => {
+                    self.census.add_bytes(&self.place, offset, u64::from(snapshot.l1_size) * 8, 1);
+                    self.l1(&l1, offset, false, sink)?;
+                }
+                Err(error @ ImageError::Io { .. }) => return Err(error),
+                Err(error) => {
+                    sink(bad("snapshot-l1", format!("snapshot \"{name}\": {error}; it cannot be read")))?
+                }
+            }
+        }
+        if !snapshots.is_empty() {
+            self.census.add_bytes(&self.place, header.snapshots_offset(), bytes, 1);
+        }
+        Ok(())
+    }
+
+    /// Reads each L2 table once.
+    fn l2_tables(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
+        let g = self.geometry();
+        let tables: Vec<(u64, TableUse)> = self.tables.iter().map(|(at, t)| (*at, t.clone())).collect();
+        for (at, used) in tables {
+            self.census.add_bytes(&self.place, HostOffset(at), g.cluster_size(), used.references);
+            for (slot, entry, targets) in entries(self.image, at)? {
+                let guest = used.guest + slot as u64 * g.cluster_size();
+                let bad = |(code, message): (&'static str, String)| Finding {
+                    code,
+                    structure: "L2 table",
+                    offset: Some(at + slot as u64 * g.l2_entry_bytes() as u64),
+                    guest: Some((guest, g.cluster_size())),
+                    message: format!("L2 entry {:#x}: {message}", entry.0),
+                    times: used.references,
+                };
+                match targets {
+                    Ok(Target { offset, len, complaint }) => {
+                        self.census.add_bytes(&self.place, HostOffset(offset), len, used.references);
+                        if let Some(complaint) = complaint {
+                            sink(bad(complaint))?;
+                        }
+                    }
+                    Err(complaint) => sink(bad(complaint))?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn bitmaps(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
+        let g = self.geometry();
+        let file = self.image.file_len();
+        let bad = |code, offset, message: String| Finding {
+            code,
+            structure: "bitmaps",
+            offset,
+            guest: None,
+            message,
+            times: 1,
+        };
+        let (extension, bitmaps) = match (self.image.header().bitmaps(), self.image.bitmaps()) {
+            (_, Err(error @ ImageError::Io { .. })) => return Err(error),
+            (Ok(None), _) => return Ok(()),
+            (Ok(Some(extension)), Ok(bitmaps)) => (extension, bitmaps),
+            (Err(error), _) => return sink(bad("bitmap-extension", None, error.to_string())),
+            (_, Err(error)) => {
+                return sink(bad(
+                    "bitmap-directory",
+                    error.offset(),
+                    format!("{error}; no bitmap can be used"),
+                ));
+            }
+        };
+        self.census.add_bytes(
+            &self.place,
+            HostOffset(extension.directory_offset),
+            extension.directory_size,
+            1,
+        );
+        for bitmap in bitmaps {
+            let (at, bytes) = (bitmap.table_offset, u64::from(bitmap.table_size) * 8);
+            let name = crate::escape(&bitmap.name);
+            if let Err(error) = check_inside("bitmap table", at, bytes, file, g) {
+                sink(bad("bitmap-table", Some(at), format!("bitmap \"{name}\": {error}")))?;
+                continue;
+            }
+            self.census.add_bytes(&self.place, HostOffset(at), bytes, 1);
+            let mut table = vec![0; usize::try_from(bytes).unwrap_or(0)];
+            let io = ImageError::io("read a bitmap table");
+            self.image.store().read_at(at, &mut table).map_err(io)?;
+            for (i, entry) in table.as_chunks::<8>().0.iter().enumerate() {
+                let data = u64::from_be_bytes(*entry) & 0x00ff_ffff_ffff_fe00;
+                if data == 0 {
+                    continue;
+                }
+                match check_inside("bitmap data", data, g.cluster_size(), file, g) {
+                    Ok(()) => self.census.add_bytes(&self.place, HostOffset(data), g.cluster_size(), 1),
+                    Err(error) => {
+                        let place = Some(at + i as u64 * 8);
+                        sink(bad("bitmap-data", place, format!("bitmap \"{name}\": {error}")))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn encryption(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
+        let Some(luks) = self.image.header().extension(ExtensionKind::EncryptionHeader) else {
+            return Ok(());
+        };
+        let Some(([offset, length], _)) = luks.data.as_chunks::<8>().0.split_first_chunk::<2>() else {
+            return Ok(());
+        };
+        let (offset, length) = (u64::from_be_bytes(*offset), u64::from_be_bytes(*length));
+        match check_inside("encryption header", offset, length, self.image.file_len(), self.geometry()) {
+            Ok(()) => {
+                self.census.add_bytes(&self.place, HostOffset(offset), length, 1);
+                Ok(())
+            }
+            Err(error) => sink(Finding {
+                code: "encryption-header",
+                structure: "encryption header",
+                offset: Some(offset),
+                guest: None,
+                message: error.to_string(),
+                times: 1,
+            }),
+        }
+    }
+}
+
+/// What one L2 entry refers to in the file, and what is wrong with it although it can be followed.
+pub(crate) struct Target {
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    complaint: Option<(&'static str, String)>,
+}
+
+/// The entries of the L2 table at `at` that refer to something or are wrong: slot, descriptor, target or complaint.
+type Entries = Vec<(usize, L2Entry, Result<Target, (&'static str, String)>)>;
+
+pub(crate) fn entries(image: &Image, at: u64) -> Result<Entries, ImageError> {
+    let g = image.geometry();
+    let elsewhere = image.header().incompatible().has(Incompatible::DATA_FILE);
+    let table = image.l2_table(L1Entry(at))?.unwrap_or_default();
+    let mut out = Entries::new();
+    image.for_each_entry(&table, |slot, entry| {
+        let raw = entry.descriptor;
+        let mut complaint = None;
+        let mut mapping = raw.decode(g, image.header().version());
+        if let Err(FormatError::Reserved { reserved, .. }) = mapping {
+            complaint = Some(("l2-reserved", format!("reserved bits {reserved:#x} are set")));
+            mapping = L2Entry(raw.0 & !reserved).decode(g, image.header().version());
+        }
+        if raw.is_compressed() && raw.copied() {
+            complaint = Some(("l2-compressed-copied", "a compressed entry has the COPIED flag".to_owned()));
+            mapping = raw.with_copied(false).decode(g, image.header().version());
+        }
+        if complaint.is_none()
+            && g.extended_l2()
+            && let Err(error) = entry.decode(g)
+        {
+            complaint = Some(("l2-subclusters", format!("{error}; the guest cannot read this cluster")));
+        }
+        let lost = |error: &dyn std::fmt::Display| {
+            Err(("l2-pointer", format!("{error}; the guest cannot read this cluster")))
+        };
+        let target = match mapping {
+            Ok(Mapping::Data(_) | Mapping::ZeroAllocated(_)) if elsewhere => None,
+            Ok(Mapping::Data(at) | Mapping::ZeroAllocated(at)) => {
+                Some(match check_inside("data cluster", at.0, g.cluster_size(), image.file_len(), g) {
+                    Ok(()) => Ok(Target { offset: at.0, len: g.cluster_size(), complaint: None }),
+                    Err(error) => lost(&error),
+                })
+            }
+            Ok(Mapping::Compressed(extent)) => {
+                let len = image.counted_bytes(extent);
+                Some(if extent.offset.0 >= image.file_len() {
+                    lost(&"the compressed data lie outside the file")
+                } else {
+                    // A claim may end anywhere in the last cluster; one that goes on behind it is wrong, though the
+                    // data may be whole.
+                    let end = extent.offset.0.saturating_add(extent.bytes);
+                    if end.saturating_sub(image.file_len()) >= g.cluster_size() {
+                        let text =
+                            format!("{} compressed bytes reach behind the end of the file", extent.bytes);
+                        complaint.get_or_insert(("l2-compressed-length", text));
+                    }
+                    Ok(Target { offset: extent.offset.0, len, complaint: None })
+                })
+            }
+            Ok(Mapping::Zero | Mapping::Unallocated) => None,
+            Err(error) => Some(lost(&error)),
+        };
+        match (target, complaint) {
+            (Some(Ok(target)), complaint) => out.push((slot, raw, Ok(Target { complaint, ..target }))),
+            (Some(Err(lost)), _) => out.push((slot, raw, Err(lost))),
+            (None, Some(complaint)) => out.push((slot, raw, Err(complaint))),
+            (None, None) => {}
+        }
+        Ok(())
+    })?;
+    Ok(out)
+}
