@@ -4,14 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use pleach_format::{BackingFile, RunKind, RunList, Version};
-use pleach_image::{Chain, Image, escape, leaked};
+use pleach_format::{BackingFile, RunKind, RunList, Version, rewrite_backing};
+use pleach_image::{Chain, Image, check, escape, leaked};
 use pleach_lineage::{DeleteMode, Reach};
 use pleach_plan::{Content, Cover, How, Need, Say, Summary, Target, candidates, commit, pull, settle};
 use pleach_store::{Disk, FileId, Role};
 
+use crate::execute::{rehearse, second_name};
 use crate::family::{Family, State};
-use crate::journal::directory_of;
+use crate::journal::{directory_of, pending, unfinished};
 use crate::names::{absolute, renamed};
 use crate::open::OpenFiles;
 use crate::scan::{content_of, layer_runs, snapshot_covers, zero_clusters};
@@ -259,6 +260,11 @@ pub fn prepare(
     request: &DeleteRequest,
     change: bool,
 ) -> Result<Prepared> {
+    for dir in &survey.directories {
+        if let Some(journal) = pending(disk, dir)?.first() {
+            return Err(unfinished(journal));
+        }
+    }
     let node = family.resolve(survey, &request.name)?;
     let name = family.lineage.get(node).map(|n| n.name.clone()).unwrap_or_default();
     let deletion = family.lineage.plan_delete(node, request.mode)?;
@@ -286,8 +292,7 @@ pub fn prepare(
             plan.removes = files_of(survey, family, &deletion.removed)?;
             let roles = plan.removes.iter().map(|&i| (i, role(change))).collect();
             let open = OpenFiles::open(disk, survey, &roles)?;
-            plan.bytes_freed =
-                plan.removes.iter().filter_map(|&i| survey.files.get(i)).map(|f| f.stat.allocated).sum();
+            plan.bytes_freed = plan.removes.iter().filter_map(|&i| survey.files.get(i)).map(freed_by).sum();
             return Ok(Prepared { plan, open });
         }
     }
@@ -304,8 +309,16 @@ pub fn prepare(
     let (open, merges, naming) =
         plan_single(disk, survey, victim, &request.keep, &Decided::default(), change)?;
     plan.single = Some((victim, merges, naming));
-    plan.bytes_freed = plan.loses_space(survey).map_or(0, |f| f.stat.allocated);
+    if !change {
+        rehearse(survey, &plan, &open)?;
+    }
+    plan.bytes_freed = plan.loses_space(survey).map_or(0, freed_by);
     Ok(Prepared { plan, open })
+}
+
+/// Bytes on disk that removing a name of the file gives back: none while it has another one.
+pub(crate) fn freed_by(file: &SurveyFile) -> u64 {
+    if file.stat.links > 1 { 0 } else { file.stat.allocated }
 }
 
 fn role(change: bool) -> Role {
@@ -338,6 +351,7 @@ fn files_of(survey: &Survey, family: &Family, nodes: &[pleach_lineage::NodeId]) 
     let reach = Reach::of(survivors.filter(|id| !gone.contains(id)), &survey.reads());
     for &index in &files {
         let Some(file) = survey.files.get(index) else { continue };
+        refuse_unknown_readers(survey, file, &gone)?;
         if reach.needs(&file.stat.id) {
             return Err(still_read(survey, file, &reach.needed_by(&file.stat.id)));
         }
@@ -379,12 +393,22 @@ pub(crate) fn plan_single(
     if !file.snapshots.is_empty() {
         return Err(stays_inside(file));
     }
-    refuse_unknown_readers(survey, file)?;
+    refuse_unknown_readers(survey, file, &BTreeSet::new())?;
     let readers: Vec<usize> =
         file.dependents.iter().copied().filter(|&d| !has_id(survey, d, &decided.followers)).collect();
-    let below = survey.chain(victim)?.split_off(1);
+    // What cannot be followed below a leaf is not needed; a loop is no tree to delete anything from.
+    let below = match survey.chain(victim) {
+        Ok(mut chain) => chain.split_off(1),
+        Err(_) if readers.is_empty() && !survey.loops(victim) => Vec::new(),
+        Err(error) => return Err(error),
+    };
     let designated = designate(survey, &readers, keep, decided)?;
-    let followers: Vec<usize> = match (designated, keep) {
+    // An interrupted deletion may have merged the reader that takes the name already.
+    let merged = match (decided.renamed, decided.committed) {
+        (Some(id), None) if designated.is_none() => survey.find_id(id),
+        _ => None,
+    };
+    let followers: Vec<usize> = match (designated.or(merged), keep) {
         (Some(d), Keep::Parent(_) | Keep::Auto) => {
             survey.files.get(d).map(|f| f.dependents.clone()).unwrap_or_default()
         }
@@ -392,9 +416,9 @@ pub(crate) fn plan_single(
     };
     let mut roles: BTreeMap<usize, Role> = below.iter().map(|&i| (i, Role::Read)).collect();
     let changed = std::iter::once(victim).chain(readers.iter().copied()).chain(followers.iter().copied());
-    roles.extend(changed.map(|i| (i, role(change))));
+    roles.extend(changed.chain(merged).map(|i| (i, role(change))));
     let open = OpenFiles::open(disk, survey, &roles)?;
-    if readers.is_empty() {
+    if readers.is_empty() && merged.is_none() {
         return Ok((open, Vec::new(), Naming::Unlink));
     }
 
@@ -403,9 +427,10 @@ pub(crate) fn plan_single(
     for &reader in readers.iter().filter(|&&r| Some(r) != designated) {
         merges.push(planner.pull(reader, false)?);
     }
-    let naming = match designated {
-        None => Naming::Unlink,
-        Some(reader) => {
+    let naming = match (designated, merged) {
+        (None, None) => Naming::Unlink,
+        (None, Some(reader)) => planner.take_victims_name(reader, &followers)?,
+        (Some(reader), _) => {
             let forced = decided.fixed.then(|| has_opt(survey, reader, decided.committed));
             let takes = if decided.fixed { Some(has_opt(survey, reader, decided.renamed)) } else { None };
             let (merge, naming) = planner.designated(reader, keep, forced, takes, &followers)?;
@@ -425,9 +450,26 @@ fn has_opt(survey: &Survey, index: usize, id: Option<FileId>) -> bool {
 }
 
 /// Images that name the victim but could not be followed, or cannot be read, may still need it.
-fn refuse_unknown_readers(survey: &Survey, victim: &SurveyFile) -> Result<()> {
+fn refuse_unknown_readers(survey: &Survey, victim: &SurveyFile, going: &BTreeSet<FileId>) -> Result<()> {
     let id = victim.stat.id;
-    for file in &survey.files {
+    if let Some(unreadable) = survey.unreadable.first() {
+        let path = unreadable.path.clone().unwrap_or_default();
+        let text =
+            format!("\"{}\" {}; it may be an image that reads this one", path.display(), unreadable.full());
+        return Err(Error::new(ErrorKind::Refused, text)
+            .at(&victim.path)
+            .hint("run as a user who may read every image in the directory"));
+    }
+    if let Some(name) = survey.other_names.iter().find(|n| n.read == id && !going.contains(&n.reader)) {
+        let text = format!(
+            "\"{}\" reads it under that name, where its backing file name leads here",
+            name.path.display()
+        );
+        return Err(Error::new(ErrorKind::Refused, text)
+            .at(&victim.path)
+            .hint("remove that link, or give the image an absolute backing file name"));
+    }
+    for file in survey.files.iter().filter(|f| !going.contains(&f.stat.id)) {
         if let Backing::Broken { name, why, id: Some(read) } = &file.backing
             && *read == id
         {
@@ -441,7 +483,7 @@ fn refuse_unknown_readers(survey: &Survey, victim: &SurveyFile) -> Result<()> {
             return Err(Error::new(ErrorKind::Refused, text).at(&victim.path));
         }
     }
-    match survey.broken.iter().find(|b| b.reads == Some(id)) {
+    match survey.broken.iter().find(|b| b.reads == Some(id) && !going.contains(&b.id)) {
         Some(b) => {
             let kind = match b.error.kind {
                 ErrorKind::Unsupported => ErrorKind::Unsupported,
@@ -576,12 +618,14 @@ impl<'a> Planner<'a> {
                 zero_clusters(path, &self.open.chain(&lower), shape.cluster_bits, asked)
             })?;
             let bytes_written = bytes_of(shape.cluster_bits, &fills);
+            let backing = self.victims_backing_for(reader, moves)?;
+            self.must_fit(reader, backing.as_ref())?;
             return Ok(Merge {
                 target: reader,
                 reader,
                 direction: Direction::Pull,
                 work: Work::States { cluster_bits: shape.cluster_bits, fills },
-                backing: self.victims_backing_for(reader, moves)?,
+                backing,
                 bytes_written,
                 bytes_cloned: 0,
             });
@@ -589,6 +633,7 @@ impl<'a> Planner<'a> {
         let needs = self.settled(reader, shape, &pull(shape, &own, &self.cover, &self.content))?;
         let bytes_written = Summary::of(shape, &needs).bytes_written;
         let backing = self.victims_backing_for(reader, moves)?;
+        self.must_fit(reader, backing.as_ref())?;
         Ok(Merge {
             target: reader,
             reader,
@@ -613,8 +658,8 @@ impl<'a> Planner<'a> {
         let parent = renamed.unwrap_or(matches!(keep, Keep::Parent(_)));
         // A raw file stays raw under its name: only the name of the overlay can stand for a qcow2 image.
         let forced = committed.or(raw.then_some(parent));
-        if forced == Some(true) && !self.file(reader).snapshots.is_empty() {
-            return Err(stays_inside(self.file(reader)));
+        if forced == Some(true) {
+            self.refuse_loss(reader)?;
         }
         let merge = match forced {
             Some(true) => self.commit(reader)?,
@@ -644,15 +689,64 @@ impl<'a> Planner<'a> {
         let mut merge = merge;
         if merge.direction == Direction::Commit && !takes_parent {
             merge.backing = self.restyled(reader)?;
+            if merge.backing.is_some() {
+                self.must_fit(self.victim, merge.backing.as_ref())?;
+            }
         }
+        let followers_of = followers;
         let followers = || followers.iter().map(|&f| self.follow(f, format)).collect::<Result<Vec<_>>>();
         let naming = match (merge.direction, takes_parent) {
             (Direction::Pull, false) => Naming::Unlink,
-            (Direction::Pull, true) => Naming::TakeVictimsName { reader, followers: followers()? },
+            (Direction::Pull, true) => self.take_victims_name(reader, followers_of)?,
             (Direction::Commit, false) => Naming::TakeReadersName { reader },
             (Direction::Commit, true) => Naming::KeepVictimsName { reader, followers: followers()? },
         };
         Ok((merge, naming))
+    }
+
+    /// The reader's file, holding the merged data, takes the victim's name.
+    fn take_victims_name(&self, reader: usize, followers: &[usize]) -> Result<Naming> {
+        let (victim, over) = (self.file(self.victim), self.file(reader));
+        if victim.stat.id.device != over.stat.id.device {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the file lies on another file system than the name it should get",
+            )
+            .at(&over.path)
+            .hint("delete with --keep child"));
+        }
+        let second = second_name(&victim.path);
+        if self.disk.stat(&second).is_ok_and(|s| s.id != over.stat.id) {
+            return Err(
+                Error::new(ErrorKind::Refused, "is in the way: the name is needed for an instant").at(second)
+            );
+        }
+        let followers =
+            followers.iter().map(|&f| self.follow(f, FileFormat::Qcow2)).collect::<Result<Vec<_>>>()?;
+        Ok(Naming::TakeVictimsName { reader, followers })
+    }
+
+    /// Refuses to let a raw file take the place of an image that holds more than guest data, or that has another name.
+    fn refuse_loss(&self, reader: usize) -> Result<()> {
+        let file = self.file(reader);
+        if !file.snapshots.is_empty() {
+            return Err(stays_inside(file));
+        }
+        let bitmaps = self.image(reader)?.bitmaps().map_err(|e| Error::image(&file.path, e))?;
+        if let Some(bitmap) = bitmaps.first() {
+            let text = format!("a raw file has no place for its bitmap \"{}\"", escape(&bitmap.name));
+            return Err(Error::new(ErrorKind::Refused, text).at(&file.path).hint("delete with --keep child"));
+        }
+        if file.stat.links > 1 || self.file(self.victim).stat.links > 1 {
+            let path = if file.stat.links > 1 { &file.path } else { &self.file(self.victim).path };
+            return Err(Error::new(
+                ErrorKind::Refused,
+                "the file has other names (hard links), which would change too",
+            )
+            .at(path)
+            .hint("delete with --keep child"));
+        }
+        Ok(())
     }
 
     /// Whether the victim's file can take the reader's content and stand in for it.
@@ -665,7 +759,8 @@ impl<'a> Planner<'a> {
             && no_bitmaps(into)
             && no_bitmaps(from)
             && into.check_writable().is_ok()
-            && leaked(into).is_ok()
+            // What is wrong with the victim's file must not go on under the reader's name.
+            && check(into).is_ok_and(|report| report.errors == 0 && report.leaks == 0)
     }
 
     fn commit(&self, reader: usize) -> Result<Merge> {
@@ -702,6 +797,19 @@ impl<'a> Planner<'a> {
             .map_err(|e| Error::image(&self.file(reader).path, e))
     }
 
+    /// Refuses a backing file name for which there is no room in the header of `file`.
+    fn must_fit(&self, file: usize, backing: Option<&BackingFile>) -> Result<()> {
+        let (path, head) = (&self.file(file).path, self.image(file)?.head());
+        rewrite_backing(&head.bytes, &head.header, backing).map(drop).map_err(|e| {
+            let mut error =
+                Error::new(ErrorKind::Unsupported, "its header has no room for its new backing file's name")
+                    .at(path)
+                    .hint("move the images closer together, or use a shorter path");
+            error.source = Some(Box::new(e));
+            error
+        })
+    }
+
     /// The victim's backing file as the header of `reader` will name it: absolute or relative as its old name was.
     fn victims_backing_for(&self, reader: usize, moves: bool) -> Result<Option<BackingFile>> {
         let Some(&base) = self.below.first() else { return Ok(None) };
@@ -730,6 +838,7 @@ impl<'a> Planner<'a> {
         let file = self.file(follower);
         let old = file.header.as_ref().and_then(|h| h.backing());
         let backing = renamed(self.disk, &file.path, old, &self.file(self.victim).path, format)?;
+        self.must_fit(follower, Some(&backing))?;
         Ok(Rebase { file: follower, backing: Some(backing) })
     }
 }
@@ -738,7 +847,8 @@ impl<'a> Planner<'a> {
 /// backing file name means the same in the reader's directory.
 pub(crate) fn can_merge_down(disk: &dyn Disk, victim: &SurveyFile, reader: &SurveyFile) -> bool {
     let directory = |f: &SurveyFile| disk.canonical(&directory_of(&f.path)).ok();
-    victim.stat.links == 1 && reader.snapshots.is_empty() && directory(victim) == directory(reader)
+    let links = victim.stat.links == 1 && reader.stat.links == 1;
+    links && reader.snapshots.is_empty() && directory(victim) == directory(reader)
 }
 
 /// What every state of an image gets when what it stands on goes: `covers` are its states, active first. `zero` tells

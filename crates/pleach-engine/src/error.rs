@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use pleach_alloc::AllocError;
+use pleach_format::FormatError;
 use pleach_image::{ImageError, NameError};
 use pleach_lineage::LineageError;
 use pleach_store::LockError;
@@ -111,7 +113,9 @@ impl Error {
         }
         let kind = match &source {
             ImageError::Unsupported { .. } => ErrorKind::Unsupported,
-            ImageError::Format { source: pleach_format::FormatError::UnknownFeature { .. }, .. } => {
+            ImageError::Format { source: FormatError::UnknownFeature { .. }, .. } => ErrorKind::Unsupported,
+            // A count that does not fit its width: nothing is damaged, the image is just made for fewer references.
+            ImageError::Alloc(AllocError::Format(FormatError::OutOfRange { field: "refcount", .. })) => {
                 ErrorKind::Unsupported
             }
             ImageError::NeedsRepair { .. } | ImageError::Changed { .. } => ErrorKind::Failed,

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use crate::delete::{
     DeletePlan, Direction, Merge, Naming, Prepared, Rebase, StateFill, Work, directories, still_read,
 };
-use crate::journal::{Intent, Journal, JournalImage, directory_of, pending, unfinished};
+use crate::journal::{Intent, Journal, JournalImage, directory_of};
 use crate::open::OpenFiles;
 use crate::survey::{Survey, Trust};
 use crate::watch::Watch;
@@ -62,25 +62,26 @@ struct Staged<'a> {
 /// cannot be written.
 pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Watch) -> Result<Outcome> {
     let Prepared { plan, open } = prepared;
-    for dir in &survey.directories {
-        if let Some(journal) = pending(disk, dir)?.first() {
-            return Err(unfinished(journal));
-        }
-    }
     let intent = intent_of(disk, survey, &plan)?;
     let staged = stage_all(survey, &plan, &open)?;
     if staged.is_empty() && single_name(&plan) {
         // One name goes and nothing else happens: there is no middle to be interrupted in.
         return remove(disk, survey, &plan);
     }
+    try_second_name(disk, survey, &plan)?;
     let first = plan.single.as_ref().map(|s| s.0).or(plan.removes.last().copied());
     let named_after = first.and_then(|i| survey.files.get(i)).map(|f| f.path.clone()).unwrap_or_default();
     let mut journal = Journal::begin(disk, &named_after, &intent)?;
-    if let Err(full) = reserve_all(survey, &open, &staged) {
+    let mut outcome = Outcome::default();
+    let begun = reserve_all(survey, &open, &staged)
+        .and_then(|()| copy_fresh(survey, &open, &staged, watch, &mut outcome));
+    if let Err(error) = begun {
+        // No table has changed yet: cut the files to their old lengths, and nothing has happened.
+        shorten(&open, &staged);
         journal.end()?;
-        return Err(full);
+        return Err(error);
     }
-    let result = run(disk, survey, &plan, &open, staged, &mut journal, watch);
+    let result = run(disk, survey, &plan, &open, staged, &mut journal, watch, outcome);
     match result {
         Ok(outcome) => {
             journal.end()?;
@@ -92,6 +93,51 @@ pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Wat
             let hint = error.hint.as_ref().map_or(hint.clone(), |h| format!("{h}; {hint}"));
             Err(error.hint(hint))
         }
+    }
+}
+
+/// Does all of a plan that changes nothing: fixes the targets, and reads what is compressed.
+///
+/// # Errors
+/// What would keep [`execute`] from going on.
+pub(crate) fn rehearse(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> Result<()> {
+    for stage in stage_all(survey, plan, open)? {
+        verify_sources(survey, open, &stage)?;
+    }
+    Ok(())
+}
+
+/// Sees whether the file system has hard links, before anything depends on it.
+fn try_second_name(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<()> {
+    let Some((victim, _, Naming::TakeVictimsName { reader, followers })) = &plan.single else {
+        return Ok(());
+    };
+    if followers.is_empty() {
+        return Ok(());
+    }
+    let (path, second) = (path_of(survey, *reader), second_name(path_of(survey, *victim)));
+    drop_second_name(disk, survey, *reader, &second)?;
+    link(disk, path, &second)?;
+    disk.unlink(&second).map_err(|e| Error::io("remove", &second, e))
+}
+
+fn link(disk: &dyn Disk, path: &Path, second: &Path) -> Result<()> {
+    disk.link(path, second).map_err(|e| {
+        Error::io("give a second name to", path, e)
+            .hint("if this file system has no hard links, delete with --keep child instead")
+    })
+}
+
+/// Removes a second name that an interrupted operation left; anybody else's file is in the way.
+fn drop_second_name(disk: &dyn Disk, survey: &Survey, reader: usize, second: &Path) -> Result<()> {
+    match (disk.stat(second), survey.files.get(reader)) {
+        (Ok(stat), Some(file)) if stat.id == file.stat.id => {
+            disk.unlink(second).map_err(|e| Error::io("remove", second, e))
+        }
+        (Ok(_), _) => {
+            Err(Error::new(ErrorKind::Refused, "is in the way: the name is needed for an instant").at(second))
+        }
+        (Err(_), _) => Ok(()),
     }
 }
 
@@ -113,11 +159,15 @@ pub(crate) fn go_on(
     journal: &mut Journal<'_>,
     watch: &Watch,
 ) -> Result<Outcome> {
-    let staged = stage_all(survey, &prepared.plan, &prepared.open)?;
-    reserve_all(survey, &prepared.open, &staged)?;
-    run(disk, survey, &prepared.plan, &prepared.open, staged, journal, watch)
+    let (plan, open) = (&prepared.plan, &prepared.open);
+    let staged = stage_all(survey, plan, open)?;
+    let mut outcome = Outcome::default();
+    reserve_all(survey, open, &staged)?;
+    copy_fresh(survey, open, &staged, watch, &mut outcome)?;
+    run(disk, survey, plan, open, staged, journal, watch, outcome)
 }
 
+#[expect(clippy::too_many_arguments, reason = "the parts of one operation, each used")]
 fn run(
     disk: &dyn Disk,
     survey: &Survey,
@@ -126,11 +176,13 @@ fn run(
     staged: Vec<Staged<'_>>,
     journal: &mut Journal<'_>,
     watch: &Watch,
+    mut outcome: Outcome,
 ) -> Result<Outcome> {
-    let mut outcome = Outcome::default();
     for stage in staged {
-        watch.expect(stage.merge.bytes_written);
-        merge(survey, open, stage, journal, watch, &mut outcome)?;
+        if stage.in_place() {
+            copy_stage(survey, open, &stage, watch, &mut outcome)?;
+        }
+        merge(survey, open, stage, journal)?;
     }
     if watch.should_stop() {
         return Err(stopped());
@@ -163,11 +215,12 @@ fn unlink(disk: &dyn Disk, survey: &Survey, index: usize) -> Result<u64> {
         Ok(stat) if stat.id == file.stat.id => stat,
         _ => return Ok(0),
     };
+    let freed = if stat.links > 1 { 0 } else { stat.allocated };
     nobody_reads(disk, &survey.directories, file.stat.id, &[])?;
     disk.unlink(&file.path).map_err(|e| Error::io("remove", &file.path, e))?;
     let dir = directory_of(&file.path);
     disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
-    Ok(stat.allocated)
+    Ok(freed)
 }
 
 /// Looks again at every image for readers of `file` other than those in `known`.
@@ -193,13 +246,59 @@ pub(crate) fn nobody_reads(
     if needed_by.is_empty() { Ok(()) } else { Err(still_read(&now, entry, &needed_by)) }
 }
 
+impl Staged<'_> {
+    /// Whether data are written over what the target already has; else only into clusters that nothing leads to.
+    fn in_place(&self) -> bool {
+        match &self.merge.work {
+            Work::Raw { .. } => true,
+            Work::Clusters { needs, .. } => needs.iter().any(|n| n.how == How::Patch),
+            Work::States { .. } => false,
+        }
+    }
+}
+
+/// Everything that can be done before anything changes: copies into clusters that nothing leads to; and for what will be
+/// written in place, a look whether its sources can be read.
+fn copy_fresh(
+    survey: &Survey,
+    open: &OpenFiles,
+    staged: &[Staged<'_>],
+    watch: &Watch,
+    outcome: &mut Outcome,
+) -> Result<()> {
+    staged.iter().for_each(|s| watch.expect(s.merge.bytes_written));
+    for stage in staged {
+        if stage.in_place() {
+            verify_sources(survey, open, stage)?;
+        } else {
+            copy_stage(survey, open, stage, watch, outcome)?;
+        }
+    }
+    Ok(())
+}
+
+/// Decompresses every compressed cluster that a stage reads.
+fn verify_sources(survey: &Survey, open: &OpenFiles, stage: &Staged<'_>) -> Result<()> {
+    let chain = open.chain(&chain_of(survey, stage.merge)?);
+    let wrap = |e| Error::image(path_of(survey, stage.merge.reader), e);
+    stage.steps.par_iter().try_for_each_init(Vec::new, |buf: &mut Vec<u8>, step| {
+        for piece in chain.pieces(step.guest, step.len).map_err(wrap)? {
+            if matches!(piece.kind, PieceKind::Compressed { .. }) {
+                buf.resize(usize::try_from(piece.len).unwrap_or(0), 0);
+                chain.read_at(piece.guest, buf).map_err(wrap)?;
+            }
+        }
+        Ok(())
+    })
+}
+
 fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Intent> {
     let image = |index: usize| -> Result<JournalImage> {
         let file = survey.files.get(index).ok_or_else(|| Error::new(ErrorKind::NotFound, "no such file"))?;
         let dir = directory_of(&file.path);
         let real = disk.canonical(&dir).map_err(|e| Error::io("find the directory", &dir, e))?;
         let path = real.join(file.path.file_name().unwrap_or_default());
-        Ok(JournalImage { path, device: file.stat.id.device, inode: file.stat.id.inode })
+        Ok(JournalImage { path, inode: file.stat.id.inode, born: file.stat.born })
     };
     let images = |indexes: &mut dyn Iterator<Item = usize>| indexes.map(image).collect::<Result<Vec<_>>>();
     let directories = directories(disk, survey);
@@ -228,7 +327,7 @@ fn stage_all<'a>(survey: &Survey, plan: &'a DeletePlan, open: &OpenFiles) -> Res
     let stage = |merge: &'a Merge| {
         let path = path_of(survey, merge.target);
         match &merge.work {
-            Work::Raw { size, pieces } => Ok(stage_raw(merge, *size, pieces, open)),
+            Work::Raw { size, pieces } => stage_raw(merge, *size, pieces, open, path),
             Work::Clusters { shape, needs } => image_of(open, merge, path).and_then(|image| {
                 stage_clusters(merge, *shape, needs, image).map_err(|e| Error::image(path, e))
             }),
@@ -285,14 +384,19 @@ fn stage_raw<'a>(
     size: u64,
     pieces: &[(std::ops::Range<u64>, Say)],
     open: &OpenFiles,
-) -> Staged<'a> {
+    path: &Path,
+) -> Result<Staged<'a>> {
     let mut staged = Staged {
         merge,
         steps: Vec::new(),
         zeros: Vec::new(),
         clusters: None,
         reserve: Vec::new(),
-        old_len: open.layer(merge.target).store().len().unwrap_or(0),
+        old_len: open
+            .layer(merge.target)
+            .store()
+            .len()
+            .map_err(|e| Error::io("find the length of", path, e))?,
     };
     for (range, say) in pieces {
         let step = Step { guest: range.start, len: range.end - range.start, host: range.start };
@@ -305,7 +409,7 @@ fn stage_raw<'a>(
         }
     }
     staged.reserve.retain(|r| r.end <= size);
-    staged
+    Ok(staged)
 }
 
 /// Gives every cluster that is filled a host cluster, and changes the tables in memory.
@@ -384,60 +488,73 @@ fn cut(step: Step) -> impl Iterator<Item = Step> {
     })
 }
 
-/// Makes sure of the space for everything before anything else changes. On failure the files are as long as before.
+/// Makes sure of the space for everything before anything else changes.
 fn reserve_all(survey: &Survey, open: &OpenFiles, staged: &[Staged<'_>]) -> Result<()> {
     for stage in staged {
         let store = open.layer(stage.merge.target).store();
         for range in &stage.reserve {
             if let Err(e) = store.reserve(range.clone()) {
-                for undo in staged {
-                    let target = open.layer(undo.merge.target).store();
-                    if target.len().is_ok_and(|len| len > undo.old_len) {
-                        // Best effort: a longer file is harmless, its end is unused.
-                        let _ = target.set_len(undo.old_len);
-                    }
-                }
-                let path = path_of(survey, stage.merge.target);
-                return Err(Error::io("reserve space in", path, e));
+                return Err(Error::io("reserve space in", path_of(survey, stage.merge.target), e));
             }
         }
     }
     Ok(())
 }
 
+/// Takes back what reserving and copying have added to the files.
+fn shorten(open: &OpenFiles, staged: &[Staged<'_>]) {
+    for stage in staged {
+        let target = open.layer(stage.merge.target).store();
+        if target.len().is_ok_and(|len| len > stage.old_len) {
+            // Best effort: a longer file is harmless, its end is unused.
+            let _ = target.set_len(stage.old_len);
+        }
+    }
+}
+
 fn path_of(survey: &Survey, index: usize) -> &Path {
     survey.files.get(index).map_or(Path::new(""), |f| &f.path)
 }
 
-/// One merge: data, barrier and tables, root; for a pull then the backing file, for a commit then the lowered counts.
-fn merge(
+/// The data of one merge, to where they belong.
+fn copy_stage(
     survey: &Survey,
     open: &OpenFiles,
-    staged: Staged<'_>,
-    journal: &mut Journal<'_>,
+    stage: &Staged<'_>,
     watch: &Watch,
     outcome: &mut Outcome,
 ) -> Result<()> {
-    let path = path_of(survey, staged.merge.target);
-    let target = &**open.layer(staged.merge.target).store();
-    let chain = open.chain(&chain_of(survey, staged.merge)?);
-    if staged.clusters.is_some() {
-        clear_unknown_autoclear(target).map_err(|e| Error::image(path, e))?;
-    }
-    let cloned = copy(&chain, target, &staged.steps, watch).map_err(|e| match e {
+    let path = path_of(survey, stage.merge.target);
+    let target = &**open.layer(stage.merge.target).store();
+    let chain = open.chain(&chain_of(survey, stage.merge)?);
+    let smallest = match &stage.merge.work {
+        Work::Clusters { shape, .. } => 1 << shape.cluster_bits,
+        Work::States { .. } | Work::Raw { .. } => 0,
+    };
+    let align = target.clones_at().filter(|&align| align <= smallest);
+    let cloned = copy(&chain, target, align, &stage.steps, watch).map_err(|e| match e {
         Some(e) => Error::image(path, e),
         None => stopped(),
     })?;
     outcome.bytes_cloned += cloned;
-    let io = |what: &'static str| move |e| Error::io(what, path, e);
-    for zero in &staged.zeros {
-        target.discard(zero.host..zero.host + zero.len).map_err(io("write zeros to"))?;
+    for zero in &stage.zeros {
+        let range = zero.host..zero.host + zero.len;
+        target.discard(range).map_err(|e| Error::io("write zeros to", path, e))?;
     }
-    let tails = if staged.clusters.is_some() { staged.zeros.as_slice() } else { &[] };
-    outcome.bytes_written += staged.steps.iter().chain(tails).map(|s| s.len).sum::<u64>();
+    let tails = if stage.clusters.is_some() { stage.zeros.as_slice() } else { &[] };
+    outcome.bytes_written += stage.steps.iter().chain(tails).map(|s| s.len).sum::<u64>();
+    Ok(())
+}
+
+/// One merge whose data are written: barrier and tables, root; for a pull then the backing file, for a commit then the
+/// lowered counts.
+fn merge(survey: &Survey, open: &OpenFiles, staged: Staged<'_>, journal: &mut Journal<'_>) -> Result<()> {
+    let path = path_of(survey, staged.merge.target);
+    let target = &**open.layer(staged.merge.target).store();
+    let wrap = |e| Error::image(path, e);
     match staged.clusters {
         Some((mut allocator, switch)) => {
-            let wrap = |e| Error::image(path, e);
+            clear_unknown_autoclear(target).map_err(wrap)?;
             publish(target, &mut allocator, &switch).map_err(wrap)?;
             if staged.merge.direction == Direction::Pull || staged.merge.backing.is_some() {
                 switch_backing(target, path, staged.merge.backing.as_ref(), journal)?;
@@ -445,6 +562,7 @@ fn merge(
             release(target, &mut allocator, &switch.drops).map_err(wrap)
         }
         None => {
+            let io = |what: &'static str| move |e| Error::io(what, path, e);
             if let Work::Raw { size, .. } = staged.merge.work {
                 target.set_len(size).map_err(io("set the length of"))?;
             }
@@ -464,8 +582,13 @@ fn chain_of(survey: &Survey, merge: &Merge) -> Result<Vec<usize>> {
 /// Copies in parallel; the steps are disjoint, so their order is free. Returns how many bytes were shared.
 ///
 /// The error is `None` if the watch said to stop.
-fn copy(chain: &Chain, target: &dyn Store, steps: &[Step], watch: &Watch) -> Result<u64, Option<ImageError>> {
-    let align = target.clones_at();
+fn copy(
+    chain: &Chain,
+    target: &dyn Store,
+    align: Option<u64>,
+    steps: &[Step],
+    watch: &Watch,
+) -> Result<u64, Option<ImageError>> {
     steps
         .par_iter()
         .map_init(Vec::new, |buf, step| {
@@ -540,7 +663,9 @@ pub(crate) fn clonable(
     shape: Target,
     needs: &[Need],
 ) -> Result<u64, ImageError> {
-    let Some(align) = target.clones_at() else { return Ok(0) };
+    let Some(align) = target.clones_at().filter(|&align| align <= 1 << shape.cluster_bits) else {
+        return Ok(0);
+    };
     let mut sum = 0;
     let mut add = |range: std::ops::Range<u64>| -> Result<(), ImageError> {
         for piece in chain.pieces(range.start, range.end - range.start)? {
@@ -577,8 +702,9 @@ pub(crate) fn switch_backing(
         Wrapped::Image(e) => Error::image(path, e),
         Wrapped::Journal(e) => *e,
     };
-    set_backing(store, backing, |bytes| {
-        journal.header(path, bytes).map_err(|e| Wrapped::Journal(Box::new(e)))
+    let inode = store.stat().map_err(|e| Error::io("look at", path, e))?.id.inode;
+    set_backing(store, backing, |old, new| {
+        journal.header(inode, old, new).map_err(|e| Wrapped::Journal(Box::new(e)))
     })
     .map_err(wrap)
 }
@@ -611,7 +737,9 @@ fn rename_all(
     naming: &Naming,
     journal: &mut Journal<'_>,
 ) -> Result<Outcome> {
-    let freed = |index: usize| disk.stat(path_of(survey, index)).map_or(0, |s| s.allocated);
+    let freed = |index: usize| {
+        disk.stat(path_of(survey, index)).map_or(0, |s| if s.links > 1 { 0 } else { s.allocated })
+    };
     let victim_path = path_of(survey, victim);
     let id = |index: usize| survey.files.get(index).map(|f| f.stat.id);
     let victim_id = id(victim).unwrap_or(FileId { device: 0, inode: 0 });
@@ -665,13 +793,8 @@ fn take_name(
         return replace(disk, path, name);
     }
     let second = &second_name(name);
-    if disk.stat(second).is_ok() {
-        disk.unlink(second).map_err(|e| Error::io("remove", second, e))?;
-    }
-    disk.link(path, second).map_err(|e| {
-        Error::io("give a second name to", path, e)
-            .hint("this file system has no hard links; delete with --keep child instead")
-    })?;
+    drop_second_name(disk, survey, reader, second)?;
+    link(disk, path, second)?;
     replace(disk, second, name)?;
     rebase_followers(disk, survey, followers, journal)?;
     drop_first_name(disk, &survey.directories, path)

@@ -8,15 +8,15 @@
 //! ```text
 //! record = magic "PLJ1" | type u8 | 0 u8 | 0 u16 | length u32 | number u32 | payload | crc32 of all before it
 //! ```
-//! All integers are big-endian. `BEGIN` (1) holds the operation as JSON; `HEADER` (2) holds a path and the new bytes of
-//! that image's header.
+//! All integers are big-endian. `BEGIN` (1) holds the operation as JSON, with paths relative to the directory of the
+//! images where they lie under it, so that a moved directory can be resumed; `HEADER` (2) holds an image's inode number,
+//! and the old and the new bytes of its header. Only its owner may write a journal, and nobody else's is followed.
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pleach_store::{Access, Disk, Store};
+use pleach_store::{Access, Disk, Stat, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, ErrorKind, Result};
@@ -28,15 +28,82 @@ const HEADER: u8 = 2;
 /// Directory of everything that pleach keeps beside images.
 pub(crate) const DIRECTORY: &str = ".pleach";
 
-/// An image as the journal knows it.
+/// An image as the journal knows it. The device number is not part of it: it may change when a machine restarts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalImage {
-    /// Absolute path.
+    /// Absolute path; in the journal relative to the directory of the images, if it lies under that.
+    #[serde(with = "encoded")]
     pub path: PathBuf,
-    /// Device number.
-    pub device: u64,
     /// Inode number.
     pub inode: u64,
+    /// When the file was made, where the file system tells.
+    pub born: Option<u64>,
+}
+
+impl JournalImage {
+    /// Whether `stat` is of this image.
+    pub(crate) fn is(&self, stat: &Stat) -> bool {
+        self.inode == stat.id.inode && (self.born == stat.born || self.born.is_none() || stat.born.is_none())
+    }
+}
+
+/// Paths as JSON strings: bytes that are no UTF-8, and `%`, as `%NN`.
+mod encoded {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn text(path: &Path) -> String {
+        let mut out = String::new();
+        for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+            out.push_str(&chunk.valid().replace('%', "%25"));
+            chunk.invalid().iter().for_each(|b| out.push_str(&format!("%{b:02x}")));
+        }
+        out
+    }
+
+    pub(super) fn path(text: &str) -> PathBuf {
+        let mut parts = text.split('%');
+        let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+        for part in parts {
+            match part.get(..2).and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+                Some(byte) => bytes.push(byte),
+                None => bytes.push(b'%'),
+            }
+            bytes.extend(part.get(2..).unwrap_or_default().as_bytes());
+        }
+        PathBuf::from(OsString::from_vec(bytes))
+    }
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&text(path))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        String::deserialize(deserializer).map(|t| path(&t))
+    }
+
+    /// The same for lists.
+    pub(super) mod list {
+        use serde::{Deserialize, Deserializer, Serializer};
+
+        use super::{Path, PathBuf};
+
+        pub(in super::super) fn serialize<S: Serializer>(
+            paths: &[PathBuf],
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
+            serializer.collect_seq(paths.iter().map(|p: &PathBuf| super::text(Path::new(p))))
+        }
+
+        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+            d: D,
+        ) -> Result<Vec<PathBuf>, D::Error> {
+            Ok(Vec::<String>::deserialize(d)?.iter().map(|t| super::path(t)).collect())
+        }
+    }
 }
 
 /// The operation, as it was meant.
@@ -47,7 +114,8 @@ pub enum Intent {
     Remove {
         /// The files.
         files: Vec<JournalImage>,
-        /// Directories searched for dependents, absolute.
+        /// Directories searched for dependents; paths as of images.
+        #[serde(with = "encoded::list")]
         directories: Vec<PathBuf>,
     },
     /// One file goes, its content merged into those that stand on it.
@@ -62,7 +130,8 @@ pub enum Intent {
         renamed: Option<JournalImage>,
         /// The files that read the renamed one, and must be told its new name.
         followers: Vec<JournalImage>,
-        /// Directories searched for dependents, absolute.
+        /// Directories searched for dependents; paths as of images.
+        #[serde(with = "encoded::list")]
         directories: Vec<PathBuf>,
     },
 }
@@ -72,8 +141,53 @@ pub enum Intent {
 pub(crate) struct Contents {
     /// The operation; `None` if the journal was not finished when the crash came, and nothing had begun.
     pub(crate) intent: Option<Intent>,
-    /// Headers: absolute path and new bytes.
-    pub(crate) headers: Vec<(PathBuf, Vec<u8>)>,
+    /// The operation is written down, but not in words that are known here.
+    pub(crate) foreign: bool,
+    /// Headers that one write could not switch.
+    pub(crate) headers: Vec<HeaderRecord>,
+}
+
+/// The header of one image, before and after.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HeaderRecord {
+    /// Inode number of the image.
+    pub(crate) inode: u64,
+    /// The start of the file as it was.
+    pub(crate) old: Vec<u8>,
+    /// As it is to be; of the same length.
+    pub(crate) new: Vec<u8>,
+}
+
+impl Intent {
+    /// Every image that is named.
+    pub(crate) fn images(&self) -> Vec<&JournalImage> {
+        match self {
+            Self::Remove { files, .. } => files.iter().collect(),
+            Self::Merge { victim, dependents, followers, .. } => {
+                std::iter::once(victim).chain(dependents).chain(followers).collect()
+            }
+        }
+    }
+
+    /// The same with each path changed.
+    fn map(self, change: impl Fn(PathBuf) -> PathBuf) -> Self {
+        let image = |i: JournalImage| JournalImage { path: change(i.path.clone()), ..i };
+        let images = |all: Vec<JournalImage>| all.into_iter().map(image).collect();
+        let paths = |all: Vec<PathBuf>| all.into_iter().map(&change).collect();
+        match self {
+            Self::Remove { files, directories } => {
+                Self::Remove { files: images(files), directories: paths(directories) }
+            }
+            Self::Merge { victim, dependents, committed, renamed, followers, directories } => Self::Merge {
+                victim: image(victim),
+                dependents: images(dependents),
+                committed: committed.map(image),
+                renamed: renamed.map(image),
+                followers: images(followers),
+                directories: paths(directories),
+            },
+        }
+    }
 }
 
 /// An open journal.
@@ -125,7 +239,6 @@ impl<'a> Journal<'a> {
         if disk.stat(&path).is_ok() {
             return Err(unfinished(&path));
         }
-        let new_dir = disk.stat(&dir).is_err();
         let io = |what: &'static str| {
             let path = path.clone();
             move |e| Error::io(what, &path, e)
@@ -136,18 +249,20 @@ impl<'a> Journal<'a> {
             if disk.stat(&temp).is_ok() {
                 disk.unlink(&temp).map_err(io("remove an old, unfinished journal"))?;
             }
-            let store = disk.create_new(&temp).map_err(io("create the journal"))?;
-            let payload = serde_json::to_vec(intent)
+            let store = disk.create_private(&temp).map_err(io("create the journal"))?;
+            let images = directory_of(&dir);
+            let base = disk.canonical(&images).map_err(|e| Error::io("find the directory", &images, e))?;
+            let inside = |p: PathBuf| p.strip_prefix(&base).map(Path::to_owned).unwrap_or(p);
+            let payload = serde_json::to_vec(&intent.clone().map(inside))
                 .map_err(|e| Error::new(ErrorKind::Failed, "cannot write down the operation").caused(e))?;
             let record = encode(BEGIN, 0, &payload)?;
             store.write_at(0, &record).map_err(io("write the journal"))?;
             store.barrier().map_err(io("flush the journal"))?;
             disk.rename(&temp, &path).map_err(io("give the journal its name"))?;
             disk.sync_dir(&dir).map_err(io("flush the directory of the journal"))?;
-            if new_dir {
-                let above = directory_of(&dir);
-                disk.sync_dir(&above).map_err(io("flush the directory of the images"))?;
-            }
+            // An earlier run may have made the directory and gone before this.
+            let above = directory_of(&dir);
+            disk.sync_dir(&above).map_err(io("flush the directory of the images"))?;
             Ok(Self { disk, path: path.clone(), store, end: record.len() as u64, number: 1 })
         })();
         if made.is_err() {
@@ -166,21 +281,38 @@ impl<'a> Journal<'a> {
     pub(crate) fn reopen(disk: &'a dyn Disk, path: &Path) -> Result<(Self, Contents)> {
         let io = |what: &'static str| move |e| Error::io(what, path, e);
         let store = disk.open(path, Access::Write).map_err(io("open the journal"))?;
+        if store.stat().map_err(io("look at the journal"))?.owner != disk.user() {
+            return Err(Error::new(
+                ErrorKind::Refused,
+                "the journal belongs to another user; it is not followed",
+            )
+            .at(path)
+            .hint("resume as the user who began the operation"));
+        }
         let len = store.len().map_err(io("read the journal"))?;
         let mut bytes = vec![0; usize::try_from(len.min(64 << 20)).unwrap_or(0)];
         store.read_at(0, &mut bytes).map_err(io("read the journal"))?;
-        let (contents, end, number) = decode(&bytes);
+        let (mut contents, end, number) = decode(&bytes);
+        if contents.foreign {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "the journal was written by another version of pleach",
+            )
+            .at(path)
+            .hint("resume with the version that began the operation"));
+        }
+        let images = directory_of(&directory_of(path));
+        let base = disk.canonical(&images).map_err(|e| Error::io("find the directory", &images, e))?;
+        contents.intent = contents.intent.map(|intent| intent.map(|p| base.join(p)));
         Ok((Self { disk, path: path.to_owned(), store, end, number }, contents))
     }
 
-    /// Records the new header of the image at `path`; durable when this returns.
+    /// Records the header of the image with that inode number, before and after; durable when this returns.
     ///
     /// # Errors
     /// What the system says.
-    pub(crate) fn header(&mut self, path: &Path, bytes: &[u8]) -> Result<()> {
-        let path = path.as_os_str().as_bytes();
-        let len = u32::try_from(path.len()).unwrap_or(u32::MAX);
-        let payload = [&len.to_be_bytes(), path, bytes].concat();
+    pub(crate) fn header(&mut self, inode: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        let payload = [&inode.to_be_bytes()[..], old, new].concat();
         let record = encode(HEADER, self.number, &payload)?;
         let io = |what: &'static str| {
             let path = self.path.clone();
@@ -236,12 +368,16 @@ pub(crate) fn decode(bytes: &[u8]) -> (Contents, u64, u32) {
     let mut number = 0u32;
     while let Some((kind, payload, len)) = record(bytes.get(at..).unwrap_or(&[]), number) {
         match kind {
-            BEGIN if number == 0 => contents.intent = serde_json::from_slice(payload).ok(),
+            BEGIN if number == 0 => {
+                contents.intent = serde_json::from_slice(payload).ok();
+                contents.foreign = contents.intent.is_none();
+            }
             HEADER => {
-                if let Some((len, rest)) = payload.split_first_chunk::<4>()
-                    && let Some((path, bytes)) = rest.split_at_checked(u32::from_be_bytes(*len) as usize)
+                if let Some((inode, both)) = payload.split_first_chunk::<8>()
+                    && let Some((old, new)) = both.split_at_checked(both.len() / 2)
                 {
-                    contents.headers.push((PathBuf::from(OsStr::from_bytes(path)), bytes.to_vec()));
+                    let inode = u64::from_be_bytes(*inode);
+                    contents.headers.push(HeaderRecord { inode, old: old.to_vec(), new: new.to_vec() });
                 }
             }
             _ => {}
@@ -272,30 +408,31 @@ mod tests {
 
     use super::*;
 
-    fn intent() -> Intent {
-        let image = |n: &str| JournalImage { path: PathBuf::from(n), device: 1, inode: 2 };
+    fn intent(dir: &Path) -> Intent {
+        let image = |n: &str| JournalImage { path: dir.join(n), inode: 2, born: Some(7) };
         Intent::Merge {
-            victim: image("/d/B"),
-            dependents: vec![image("/d/D")],
+            victim: image("B 100%"),
+            dependents: vec![image("D")],
             committed: None,
-            renamed: Some(image("/d/D")),
+            renamed: Some(image("D")),
             followers: vec![],
-            directories: vec!["/d".into()],
+            directories: vec![dir.into(), "/elsewhere".into()],
         }
     }
 
     #[test]
     fn survives_a_torn_tail_and_ends_without_a_trace() {
         let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("B.qcow2");
-        let mut journal = Journal::begin(&RealDisk, &image, &intent()).unwrap();
-        assert!(Journal::begin(&RealDisk, &image, &intent()).is_err(), "one at a time");
-        journal.header(Path::new("/d/D"), b"new header").unwrap();
+        let real = std::fs::canonicalize(dir.path()).unwrap();
+        let image = real.join("B.qcow2");
+        let mut journal = Journal::begin(&RealDisk, &image, &intent(&real)).unwrap();
+        assert!(Journal::begin(&RealDisk, &image, &intent(&real)).is_err(), "one at a time");
+        journal.header(9, b"old header", b"new header").unwrap();
         let path = journal_path(&image);
         let whole = std::fs::read(&path).unwrap();
-        let want =
-            Contents { intent: Some(intent()), headers: vec![("/d/D".into(), b"new header".to_vec())] };
-        assert_eq!(decode(&whole).0, want);
+        let want = decode(&whole).0;
+        let header = HeaderRecord { inode: 9, old: b"old header".to_vec(), new: b"new header".to_vec() };
+        assert_eq!(want.headers, [header]);
         for cut in 0..whole.len() {
             let (contents, end, _) = decode(&whole[..cut]);
             assert!(contents.headers.is_empty() && end <= cut as u64, "{cut}");
@@ -303,8 +440,33 @@ mod tests {
             torn[cut] ^= 0x10;
             assert_ne!(decode(&torn).0, want, "byte {cut} flipped");
         }
-        assert_eq!(pending(&RealDisk, dir.path()).unwrap(), [path]);
+        assert_eq!(pending(&RealDisk, &real).unwrap(), std::slice::from_ref(&path));
+        // Another place, the same images.
+        let (_, contents) = Journal::reopen(&RealDisk, &path).unwrap();
+        assert_eq!(contents.intent, Some(intent(&real)));
+        let moved = tempfile::tempdir().unwrap();
+        std::fs::create_dir(moved.path().join(DIRECTORY)).unwrap();
+        let there = journal_path(&moved.path().join("B.qcow2"));
+        std::fs::copy(&path, &there).unwrap();
+        let (_, contents) = Journal::reopen(&RealDisk, &there).unwrap();
+        assert_eq!(contents.intent, Some(intent(&std::fs::canonicalize(moved.path()).unwrap())));
         journal.end().unwrap();
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(std::fs::read_dir(&real).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn words_of_another_version_are_not_taken_for_nothing() {
+        let record = encode(BEGIN, 0, b"{\"operation\":\"compact\"}").unwrap();
+        assert!(decode(&record).0.foreign);
+        assert!(!decode(&record[..record.len() - 1]).0.foreign);
+    }
+
+    #[test]
+    fn any_name_survives() {
+        use std::os::unix::ffi::OsStrExt;
+        for name in [&b"plain"[..], b"100%", b"%41", b"\xff\xfe/x", "gr\u{fc}n".as_bytes(), b"%"] {
+            let path = Path::new(OsStr::from_bytes(name));
+            assert_eq!(encoded::path(&encoded::text(path)), path, "{path:?}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use pleach_alloc::{Allocator, Place};
-use pleach_image::{Image, leaked};
+use pleach_image::{Image, copied_repairs, leaked};
 use pleach_store::Store;
 
 use crate::{Error, Result};
@@ -11,7 +11,7 @@ use crate::{Error, Result};
 /// Lowers the counts of every cluster that nothing refers to, and cuts the file behind the last one in use. Returns
 /// how many clusters were given back.
 ///
-/// Safe at any instant: counts are only lowered to what the pointers say.
+/// Safe at any instant: counts are only lowered to what the pointers say, and COPIED flags follow the counts.
 ///
 /// # Errors
 /// A damaged image, or what the system says.
@@ -27,6 +27,14 @@ pub(crate) fn give_back(path: &Path, image: &Image) -> Result<u64> {
         store.write_at(write.offset.0, &write.bytes).map_err(|e| Error::io("write refcounts of", path, e))?;
     }
     if !leaks.is_empty() {
+        store.barrier().map_err(|e| Error::io("flush the image", path, e))?;
+    }
+    // What several states should have shared may have reached only the active one, which then owns it alone.
+    let flags = copied_repairs(image).map_err(wrap)?;
+    for write in &flags {
+        store.write_at(write.offset.0, &write.bytes).map_err(|e| Error::io("write tables of", path, e))?;
+    }
+    if !flags.is_empty() {
         store.barrier().map_err(|e| Error::io("flush the image", path, e))?;
     }
     cut(path, image, &mut allocator)?;

@@ -48,13 +48,16 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
     match &contents.intent {
         None => Ok("nothing had begun".to_owned()),
         Some(Intent::Remove { files, directories }) => {
-            for file in files {
-                if is_there(disk, file) {
-                    nobody_reads(disk, directories, id_of(file), &[])?;
+            let left: Vec<&JournalImage> = files.iter().filter(|f| here(disk, f).is_some()).collect();
+            // All at once, and held: nobody may use any of them.
+            let _locks = left.iter().map(|f| open(disk, &f.path)).collect::<Result<Vec<_>>>()?;
+            for file in &left {
+                if let Some(id) = here(disk, file) {
+                    nobody_reads(disk, directories, id, &[])?;
                     remove(disk, &file.path)?;
                 }
             }
-            Ok(format!("removed {} files", files.len()))
+            Ok(format!("removed the last {} of {} files", left.len(), files.len()))
         }
         Some(Intent::Merge { victim, dependents, committed, renamed, followers, directories }) => {
             let merge = MergeIntent {
@@ -83,37 +86,37 @@ struct MergeIntent<'a> {
 impl MergeIntent<'_> {
     fn finish(&self, disk: &dyn Disk, journal: &mut Journal<'_>, watch: &Watch) -> Result<()> {
         if let (Some(reader), None) = (self.renamed, self.committed)
-            && disk.stat(&self.victim.path).is_ok_and(|s| s.id == id_of(reader))
+            && disk.stat(&self.victim.path).is_ok_and(|s| reader.is(&s))
         {
             return self.finish_taking_the_name(disk, reader, journal);
         }
         let leftover = second_name(&self.victim.path);
         if let Some(reader) = self.renamed
-            && disk.stat(&leftover).is_ok_and(|s| s.id == id_of(reader))
+            && disk.stat(&leftover).is_ok_and(|s| reader.is(&s))
         {
             remove(disk, &leftover)?;
         }
         if self.names_are_done(disk) {
             return Ok(());
         }
-        if !is_there(disk, self.victim) {
+        let Some(victim_id) = here(disk, self.victim) else {
             return Err(Error::new(
                 ErrorKind::Failed,
                 "the file is not the one that the interrupted operation began with; nothing was changed",
             )
             .at(&self.victim.path)
             .hint("if the images are as they should be, remove the journal"));
-        }
+        };
         self.give_back_leaks(disk)?;
         let trust = Trust { allowed: Vec::new(), everything: true };
         let survey = Survey::of_directories(disk, self.directories, &trust)?;
         let victim = survey
-            .find_id(id_of(self.victim))
+            .find_id(victim_id)
             .ok_or_else(|| Error::new(ErrorKind::Failed, "the image cannot be read").at(&self.victim.path))?;
         let decided = Decided {
-            committed: self.committed.map(id_of),
-            renamed: self.renamed.map(id_of),
-            followers: self.followers.iter().map(id_of).collect::<BTreeSet<_>>(),
+            committed: self.committed.and_then(|i| here(disk, i)),
+            renamed: self.renamed.and_then(|i| here(disk, i)),
+            followers: self.followers.iter().filter_map(|i| here(disk, i)).collect::<BTreeSet<_>>(),
             fixed: true,
         };
         let keep = if self.renamed.is_some() { Keep::Parent(None) } else { Keep::Child };
@@ -130,13 +133,15 @@ impl MergeIntent<'_> {
 
     /// Whether nothing is left but the journal.
     fn names_are_done(&self, disk: &dyn Disk) -> bool {
+        let gone = here(disk, self.victim).is_none();
         match (self.committed, self.renamed) {
-            (Some(reader), None) => {
-                disk.stat(&reader.path).is_ok_and(|s| s.id == id_of(self.victim))
-                    && !is_there(disk, self.victim)
+            (Some(reader), None) => gone && disk.stat(&reader.path).is_ok_and(|s| self.victim.is(&s)),
+            (Some(reader), Some(_)) => !gone && disk.stat(&reader.path).is_err(),
+            // A name that is not there proves something only where the other images are.
+            (None, _) => {
+                disk.stat(&self.victim.path).is_err()
+                    && self.dependents.iter().all(|d| here(disk, d).is_some())
             }
-            (Some(reader), Some(_)) => !is_there(disk, reader) && is_there(disk, self.victim),
-            (None, _) => disk.stat(&self.victim.path).is_err(),
         }
     }
 
@@ -157,7 +162,7 @@ impl MergeIntent<'_> {
                 switch_backing(&*store, &follower.path, Some(&new), journal)?;
             }
         }
-        if is_there(disk, reader) {
+        if here(disk, reader).is_some() {
             drop_first_name(disk, self.directories, &reader.path)?;
         }
         Ok(())
@@ -167,7 +172,7 @@ impl MergeIntent<'_> {
     fn give_back_leaks(&self, disk: &dyn Disk) -> Result<()> {
         let victim = self.committed.map(|_| self.victim);
         for image in self.dependents.iter().chain(victim) {
-            if !is_there(disk, image) {
+            if here(disk, image).is_none() {
                 continue;
             }
             let store = open(disk, &image.path)?;
@@ -198,24 +203,29 @@ fn remove(disk: &dyn Disk, path: &Path) -> Result<()> {
     disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))
 }
 
-fn id_of(image: &JournalImage) -> FileId {
-    FileId { device: image.device, inode: image.inode }
+/// The image's identity now, if it is where the journal says.
+fn here(disk: &dyn Disk, image: &JournalImage) -> Option<FileId> {
+    disk.stat(&image.path).ok().filter(|s| image.is(s)).map(|s| s.id)
 }
 
-fn is_there(disk: &dyn Disk, image: &JournalImage) -> bool {
-    disk.stat(&image.path).is_ok_and(|s| s.id == id_of(image))
-}
-
-/// Rewrites headers whose recorded write was torn: they do not parse, and the record says what they should be.
+/// Mends headers whose recorded write was torn: each sector is the old one or the new one, and together they are neither.
+/// Anything else was written by somebody later, and stays.
 fn mend_headers(disk: &dyn Disk, contents: &Contents) -> Result<()> {
-    for (path, bytes) in &contents.headers {
-        let Ok(store) = disk.open(path, Access::Write) else { continue };
-        if read_head(&*store).is_ok() {
-            continue;
+    let images = contents.intent.as_ref().map(Intent::images).unwrap_or_default();
+    for record in &contents.headers {
+        let named = images.iter().find(|i| i.inode == record.inode && here(disk, i).is_some());
+        let Some(path) = named.map(|i| &i.path) else { continue };
+        let store = open(disk, path)?;
+        let mut now = vec![0; record.new.len()];
+        store.read_at(0, &mut now).map_err(|e| Error::io("read the header of", path, e))?;
+        let sectors = now.chunks(512).zip(record.old.chunks(512)).zip(record.new.chunks(512));
+        let torn = now != record.old
+            && now != record.new
+            && sectors.into_iter().all(|((now, old), new)| now == old || now == new);
+        if torn {
+            store.write_at(0, &record.new).map_err(|e| Error::io("write the header of", path, e))?;
+            store.barrier().map_err(|e| Error::io("flush", path, e))?;
         }
-        store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
-        store.write_at(0, bytes).map_err(|e| Error::io("write the header of", path, e))?;
-        store.barrier().map_err(|e| Error::io("flush", path, e))?;
     }
     Ok(())
 }

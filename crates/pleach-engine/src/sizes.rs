@@ -5,13 +5,13 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use pleach_format::RunList;
-use pleach_image::{Chain, Layer};
+use pleach_image::{Chain, Layer, check};
 use pleach_lineage::NodeId;
 use pleach_plan::{Content, Cover, Need, Summary, Target, candidates, commit, pull, settle};
 use pleach_store::{Disk, Role};
 use rayon::prelude::*;
 
-use crate::delete::{bytes_of, can_merge_down, data_extents, fills_of, shape_of};
+use crate::delete::{bytes_of, can_merge_down, data_extents, fills_of, freed_by, shape_of};
 use crate::family::{Family, State};
 use crate::open::open_one;
 use crate::scan::{layer_runs, snapshot_covers, zero_clusters};
@@ -145,7 +145,7 @@ fn of_file(
     let readers: Vec<&Scanned> = file.dependents.iter().filter_map(|d| scanned.get(d)).collect();
     let shared = shared_ranges(own, &readers);
     let on_disk = file.stat.allocated;
-    let freed_if_deleted = on_disk.saturating_sub(allocated_within(&own.allocated, &shared));
+    let freed_if_deleted = freed_by(file).saturating_sub(allocated_within(&own.allocated, &shared));
     let content = below.get(&index).cloned().unwrap_or_default();
     let written_if_deleted = written(disk, survey, scanned, &content, index)?;
     Ok(Sizes { on_disk, freed_if_deleted, written_if_deleted })
@@ -163,7 +163,8 @@ fn shared_ranges(own: &Scanned, readers: &[&Scanned]) -> Vec<Range<u64>> {
                     let to = (host.start + (seen.end - guest.start)).next_multiple_of(own.cluster);
                     ranges.push(from.max(host.start & !(own.cluster - 1))..to);
                 } else {
-                    ranges.push(host.clone());
+                    // Compressed: the clusters that it lies in are read.
+                    ranges.push(host.start & !(own.cluster - 1)..host.end.next_multiple_of(own.cluster));
                 }
             }
         }
@@ -242,7 +243,8 @@ fn written(
                 let shape = Target { size: over.cover.size(), ..shape };
                 let plain = Cover::of_plain_data(own.cover.size(), &own.runs);
                 let needs = commit(shape, &over.cover, &own.cover, &plain, content);
-                pulled.min(pair.cost(shape, &needs)?)
+                let down = pair.cost(shape, &needs)?;
+                if down < pulled && pair.victim_is_clean()? { down } else { pulled }
             }
         };
     }
@@ -264,6 +266,14 @@ impl Pair<'_> {
         let asked: Vec<u64> = candidates(needs).collect();
         let zero = self.zero(shape, &asked, true)?;
         Ok(Summary::of(shape, &settle(needs, zero)).bytes_written)
+    }
+
+    /// Whether nothing at all is wrong with the victim's file, so that it may be merged into.
+    fn victim_is_clean(&self) -> Result<bool> {
+        let Some(file) = self.survey.files.get(self.victim) else { return Ok(false) };
+        let layer = open_one(self.disk, file, Role::Look)?;
+        let report = layer.image().map(check);
+        Ok(report.is_some_and(|r| r.is_ok_and(|r| r.errors == 0 && r.leaks == 0)))
     }
 
     /// Which of some clusters read as zeros, in the reader or only in what it stands on.

@@ -73,6 +73,19 @@ pub enum Why {
     Outside,
     /// The file is not a regular file, or cannot be opened.
     Unreadable,
+    /// Others say that the file is qcow2, this image says that it is raw.
+    Mixed,
+}
+
+/// A name of an image from where its backing file name means another file than from its own place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OtherName {
+    /// The name: a symbolic link, or a second hard link.
+    pub path: PathBuf,
+    /// The image.
+    pub reader: FileId,
+    /// What it reads when it is opened under this name.
+    pub read: FileId,
 }
 
 /// One image file.
@@ -114,8 +127,13 @@ pub struct Survey {
     pub files: Vec<SurveyFile>,
     /// Files with the magic that are no readable images.
     pub broken: Vec<BrokenImage>,
+    /// Regular files that could not be opened: they may be images, and may read others.
+    pub unreadable: Vec<Error>,
+    /// Names under which images read something else.
+    pub other_names: Vec<OtherName>,
     /// Directories that were searched for dependents.
     pub directories: Vec<PathBuf>,
+    aliases: Vec<(PathBuf, FileId)>,
     by_id: HashMap<FileId, usize>,
     roots: Vec<PathBuf>,
     everything: bool,
@@ -194,6 +212,20 @@ impl Survey {
         Ok(chain)
     }
 
+    /// Whether following the backing files of `file` comes back to where it was.
+    pub fn loops(&self, file: usize) -> bool {
+        let mut seen = vec![file];
+        let mut at = file;
+        while let Some(Backing::File(next)) = self.files.get(at).map(|f| &f.backing) {
+            if seen.contains(next) {
+                return true;
+            }
+            seen.push(*next);
+            at = *next;
+        }
+        false
+    }
+
     /// Who reads whom, for every link that could be followed.
     pub fn reads(&self) -> Vec<Reads<FileId>> {
         let mut reads = Vec::new();
@@ -206,6 +238,9 @@ impl Survey {
             if let Some(read) = read {
                 reads.push(Reads { reader: file.stat.id, read });
             }
+        }
+        for name in &self.other_names {
+            reads.push(Reads { reader: name.reader, read: name.read });
         }
         for broken in &self.broken {
             if let Some(read) = broken.reads {
@@ -222,17 +257,24 @@ impl Survey {
             let partial = path
                 .file_name()
                 .is_some_and(|n| n.as_bytes().starts_with(b".") && n.as_bytes().ends_with(b".partial"));
-            if partial || disk.is_symlink(&path) {
+            let Some(stat) = disk.stat(&path).ok().filter(|s| s.kind == FileKind::Regular && !partial) else {
+                continue;
+            };
+            let known = self.by_id.contains_key(&stat.id);
+            let link = disk.is_symlink(&path);
+            if known || link {
+                self.aliases.push((path.clone(), stat.id));
+            }
+            if known {
                 continue;
             }
-            let Ok(stat) = disk.stat(&path) else { continue };
-            if stat.kind != FileKind::Regular || self.by_id.contains_key(&stat.id) {
-                continue;
-            }
-            // A file that cannot be opened is no image of ours; as a backing file it will be named.
-            let Ok(store) = disk.open(&path, Access::Read) else { continue };
-            if is_qcow2(&*store) {
-                self.add(path, stat, FileFormat::Qcow2, &*store, disk);
+            let real = if link { disk.canonical(&path).unwrap_or(path) } else { path };
+            match disk.open(&real, Access::Read) {
+                Ok(store) if is_qcow2(&*store) => {
+                    self.add(real, stat, FileFormat::Qcow2, &*store, disk);
+                }
+                Ok(_) => {}
+                Err(e) => self.unreadable.push(Error::io("read", &real, e)),
             }
         }
         Ok(())
@@ -296,6 +338,8 @@ impl Survey {
             at += 1;
         }
         self.settle_formats();
+        self.broken.retain(|b| !self.by_id.contains_key(&b.id));
+        self.find_other_names(disk);
         let edges: Vec<(usize, usize)> = self
             .files
             .iter()
@@ -356,6 +400,24 @@ impl Survey {
             || disk.canonical(path).is_ok_and(|real| self.roots.iter().any(|root| real.starts_with(root)))
     }
 
+    /// Names of images from where their backing file names mean other files.
+    fn find_other_names(&mut self, disk: &dyn Disk) {
+        self.other_names.clear();
+        for (path, id) in &self.aliases {
+            let Some(file) = self.by_id.get(id).and_then(|&i| self.files.get(i)) else { continue };
+            let Some(named) = file.header.as_ref().and_then(|h| h.backing()) else { continue };
+            let own = match &file.backing {
+                Backing::File(index) => self.files.get(*index).map(|f| f.stat.id),
+                Backing::Broken { id, .. } => *id,
+                Backing::None => None,
+            };
+            let there = backing_path(path, &named.name).ok().and_then(|p| disk.stat(&p).ok()).map(|s| s.id);
+            if let Some(read) = there.filter(|read| Some(*read) != own) {
+                self.other_names.push(OtherName { path: path.clone(), reader: *id, read });
+            }
+        }
+    }
+
     /// A file that everybody reads as raw is raw, whatever its first bytes look like: a guest wrote them.
     fn settle_formats(&mut self) {
         let mut said: BTreeMap<usize, (bool, bool)> = BTreeMap::new();
@@ -366,6 +428,17 @@ impl Survey {
                 match raw {
                     Some(b"raw") => entry.0 = true,
                     _ => entry.1 = true,
+                }
+            }
+        }
+        for (&index, _) in said.iter().filter(|(_, (raw, qcow2))| *raw && *qcow2) {
+            let id = self.files.get(index).map(|f| f.stat.id);
+            for file in &mut self.files {
+                let named = file.header.as_ref().and_then(|h| h.backing());
+                if file.backing == Backing::File(index)
+                    && let Some(named) = named.filter(|b| b.format.as_deref() == Some(b"raw"))
+                {
+                    file.backing = Backing::Broken { name: escape(&named.name), why: Why::Mixed, id };
                 }
             }
         }
@@ -407,6 +480,11 @@ pub fn broken(image: &Path, name: &str, why: Why) -> Error {
             format!("backing file \"{name}\" lies outside the directories that may be read"),
         )
         .hint("allow its directory with --allow-dir DIR, or all of them with --trust"),
+        Why::Mixed => error(
+            ErrorKind::Refused,
+            format!("the backing file \"{name}\" is raw by this header, and qcow2 by another image's"),
+        )
+        .hint("one of them is wrong: correct it with qemu-img rebase -u -F"),
         Why::Unreadable => {
             error(ErrorKind::Failed, format!("backing file \"{name}\" cannot be read as an image"))
         }

@@ -1,6 +1,6 @@
 //! Consistency of one image: what `qemu-img check` counts, and why.
 
-use pleach_alloc::{Discrepancy, RefcountTable};
+use pleach_alloc::{Discrepancy, RefcountTable, Write};
 use pleach_format::{HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
 
 use crate::walk::{Finding, Walked, entries, walk};
@@ -120,6 +120,28 @@ fn external(image: &Image, at: u64, base: u64, report: &mut CheckReport) -> Resu
         }
         Ok(())
     })
+}
+
+/// The entries of the active tables whose COPIED flags do not fit the stored counts, as they should be: where, and what.
+/// For an image whose counts are right.
+///
+/// # Errors
+/// As [`check`]; a pointer that breaks the format or leads out of the file.
+pub fn copied_repairs(image: &Image) -> Result<Vec<Write>, ImageError> {
+    let mut report = CheckReport::default();
+    let walked = walk(image, &mut |finding| {
+        Err(ImageError::Damaged { what: finding.message, offset: finding.offset })
+    })?;
+    copied_flags(image, &walked, &mut report)?;
+    let mut repairs = Vec::new();
+    for finding in report.findings {
+        let Some(offset) = finding.offset else { continue };
+        let mut entry = [0; 8];
+        image.store().read_at(offset, &mut entry).map_err(ImageError::io("read a table entry"))?;
+        let flipped = u64::from_be_bytes(entry) ^ 1 << 63;
+        repairs.push(Write { offset: HostOffset(offset), bytes: flipped.to_be_bytes().to_vec() });
+    }
+    Ok(repairs)
 }
 
 fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {

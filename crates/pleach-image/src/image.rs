@@ -307,18 +307,15 @@ impl Image {
         extent: CompressedExtent,
         out: &mut [u8],
     ) -> Result<(), ImageError> {
-        if self.header().compression() == CompressionType::Zstd {
-            return Err(ImageError::Unsupported { feature: "zstd compression" });
-        }
         let mut packed = vec![0; usize::try_from(extent.bytes).unwrap_or(0)];
         self.store
             .read_at(extent.offset.0, &mut packed)
             .map_err(ImageError::io("read a compressed cluster"))?;
-        if codec::inflate(&packed, out) {
-            Ok(())
-        } else {
-            Err(ImageError::Compressed { guest, offset: extent.offset.0 })
-        }
+        let whole = match self.header().compression() {
+            CompressionType::Deflate => codec::inflate(&packed, out),
+            CompressionType::Zstd => codec::unzstd(&packed, out),
+        };
+        if whole { Ok(()) } else { Err(ImageError::Compressed { guest, offset: extent.offset.0 }) }
     }
 
     /// Bytes of a compressed extent that clusters are counted for: all that it claims, unless it claims a whole cluster

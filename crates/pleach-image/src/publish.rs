@@ -137,15 +137,15 @@ pub fn clear_unknown_autoclear(store: &dyn Store) -> Result<bool, ImageError> {
 /// 2  the first sector               the old name or the new one
 /// ```
 /// If the old and the new name cannot both be in the header cluster and the change does not fit its first sector, the
-/// cluster's used bytes are handed to `record` first, which must make them durable elsewhere: a torn write is mended
-/// from there.
+/// cluster's used bytes are handed to `record` first, as they are and as they will be, which must make them durable
+/// elsewhere: a torn write is mended from there.
 ///
 /// # Errors
 /// What the system says, a damaged header, a name that does not fit; what `record` says.
 pub fn set_backing<E: From<ImageError>>(
     store: &dyn Store,
     new: Option<&BackingFile>,
-    record: impl FnOnce(&[u8]) -> Result<(), E>,
+    record: impl FnOnce(&[u8], &[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
     let head = read_head(store)?;
     let change = rewrite_backing(&head.bytes, &head.header, new)
@@ -161,7 +161,9 @@ pub fn set_backing<E: From<ImageError>>(
             write_sector(store, &sector)?;
         }
         BackingChange::Whole { bytes } => {
-            record(&bytes)?;
+            let mut old = vec![0; bytes.len()];
+            store.read_at(0, &mut old).map_err(ImageError::io("read the header"))?;
+            record(&old, &bytes)?;
             write(store, HostOffset(0), &bytes)?;
         }
     }

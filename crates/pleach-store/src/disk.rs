@@ -45,6 +45,11 @@ pub struct Stat {
     pub allocated: u64,
     /// Number of hard links.
     pub links: u64,
+    /// User id of the owner.
+    pub owner: u32,
+    /// Nanoseconds since the Epoch at which the file was made, where the file system tells: an inode number alone may be
+    /// given to another file later.
+    pub born: Option<u64>,
 }
 
 impl Stat {
@@ -64,6 +69,12 @@ impl Stat {
             len: meta.len(),
             allocated: meta.blocks() * 512,
             links: meta.nlink(),
+            owner: meta.uid(),
+            born: meta
+                .created()
+                .ok()
+                .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok())
+                .and_then(|d| u64::try_from(d.as_nanos()).ok()),
         }
     }
 }
@@ -113,6 +124,15 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// What the system says.
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Store>>;
+
+    /// Creates a file that must not be there yet, and that only its owner may read or write.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn create_private(&self, path: &Path) -> io::Result<Arc<dyn Store>>;
+
+    /// The user that this process acts as.
+    fn user(&self) -> u32;
 
     /// Makes a directory unless it is there.
     ///
@@ -197,13 +217,15 @@ impl Disk for RealDisk {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<Arc<dyn Store>> {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
-            .open(path)?;
-        Ok(Arc::new(FileStore::new(file)))
+        create(path, 0o666)
+    }
+
+    fn create_private(&self, path: &Path) -> io::Result<Arc<dyn Store>> {
+        create(path, 0o600)
+    }
+
+    fn user(&self) -> u32 {
+        nix::unistd::geteuid().as_raw()
     }
 
     fn make_dir(&self, path: &Path) -> io::Result<()> {
@@ -241,6 +263,17 @@ impl Disk for RealDisk {
         }
         fs::set_permissions(to, fs::Permissions::from_mode(meta.permissions().mode()))
     }
+}
+
+fn create(path: &Path, mode: u32) -> io::Result<Arc<dyn Store>> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(mode)
+        .custom_flags(libc::O_CLOEXEC | libc::O_NOFOLLOW)
+        .open(path)?;
+    Ok(Arc::new(FileStore::new(file)))
 }
 
 #[cfg(test)]

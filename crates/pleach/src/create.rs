@@ -40,13 +40,12 @@ pub(crate) fn run(args: &CreateArgs) -> Result<ExitCode> {
         )));
     }
     let width = RefcountWidth::new(args.refcount_bits.ilog2()).map_err(|e| usage(e.to_string()))?;
-    let options = CreateOptions {
-        size: bytes,
-        cluster_bits: cluster.ilog2(),
-        version: if matches!(args.compat.as_str(), "v2" | "0.10") { Version::V2 } else { Version::V3 },
-        refcount_width: width,
-        backing,
-    };
+    let version = if matches!(args.compat.as_str(), "v2" | "0.10") { Version::V2 } else { Version::V3 };
+    if version == Version::V2 && width != RefcountWidth::DEFAULT {
+        return Err(usage(format!("refcount bits are {}, must be 16 with --compat v2", args.refcount_bits)));
+    }
+    let options =
+        CreateOptions { size: bytes, cluster_bits: cluster.ilog2(), version, refcount_width: width, backing };
     if RealDisk.stat(&args.image).is_ok() {
         return Err(Error::new(ErrorKind::Failed, "the file is there already")
             .at(&args.image)

@@ -27,6 +27,11 @@ impl Target {
             FileKind::Regular if path.extension().is_some_and(|e| e == "tree") => {
                 return Err(Error::new(ErrorKind::Unsupported, "catalogs are not supported").at(path));
             }
+            // A link's image lives where the link leads.
+            FileKind::Regular if RealDisk.is_symlink(path) => {
+                let real = RealDisk.canonical(path).map_err(|e| Error::io("find", path, e))?;
+                (directory(&real), Some(real))
+            }
             FileKind::Regular => (directory(path), Some(path.to_owned())),
             _ => {
                 return Err(

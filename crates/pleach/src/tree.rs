@@ -1,6 +1,7 @@
 //! `pleach tree`
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::ExitCode;
 
 use pleach_engine::family::{Family, ONLY_DISK, State};
@@ -29,6 +30,25 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
     }
     let mut wrong = problems(&survey);
     wrong.extend(survey.broken.iter().map(|b| Error::new(b.error.kind, b.error.full()).at(&b.path)));
+    wrong.extend(survey.unreadable.iter().map(|e| {
+        let error = Error::new(e.kind, e.full());
+        e.path.iter().fold(error, |error, path| error.at(path))
+    }));
+    if target.image.is_some() {
+        // Only what concerns the tree that was asked for.
+        let files: BTreeSet<&Path> = survey
+            .files
+            .iter()
+            .filter(|f| {
+                survey
+                    .find_id(f.stat.id)
+                    .and_then(|i| family.node_of_file(i))
+                    .is_some_and(|id| shown.contains(&id))
+            })
+            .map(|f| f.path.as_path())
+            .collect();
+        wrong.retain(|e| e.path.as_deref().is_none_or(|path| files.contains(path)));
+    }
     let measured = if args.sizes || args.json {
         match sizes(&RealDisk, &survey, &family, role) {
             Ok(measured) => measured,

@@ -542,17 +542,6 @@ const FEATURES: &[Feature] = &[
         shown: |image| image["data_file"].as_str().is_some_and(|name| name.ends_with("N.data")),
     },
     Feature {
-        name: "zstd",
-        words: "zstd",
-        make: |dir| {
-            let write = |cluster: u64| format!("write -q -c -P 2 {} {CLUSTER}", cluster * CLUSTER);
-            image(dir, "N", Some("A"), "compression_type=zstd", &(2..10).map(write).collect::<Vec<_>>());
-        },
-        as_victim: true,
-        also_as_dependent: false,
-        shown: |image| image["compression"] == "zstd",
-    },
-    Feature {
         name: "extended L2",
         words: "extended l2|extended-l2|subcluster",
         make: |dir| {

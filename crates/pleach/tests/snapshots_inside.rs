@@ -1,28 +1,32 @@
 //! Deleting what an image with internal snapshots stands on: all its states read on as before, not just the active one.
+//!
+//! `PLEACH_LONG=1` runs more rounds; `PLEACH_SEED=…` runs one round again, `PLEACH_KEEP=1` keeps its files.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs;
 use std::path::Path;
 
 use pleach_testkit::oracle::{self, Digest, qemu_img, qemu_io, text};
-use pleach_testkit::{Format, OnFailure, Rng, Tool, WorkDir};
+use pleach_testkit::{Format, OnFailure, Rng, Tool, WorkDir, chosen_seed, long_mode};
 
 const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
 const SNAPSHOTS: usize = 3;
 
 #[test]
 fn every_state_of_a_dependent_reads_as_before() {
-    let rounds = if std::env::var_os("PLEACH_LONG").is_some() { 150 } else { 12 };
-    for seed in 0x5a0..0x5a0 + rounds {
-        let seed_shown = OnFailure::print_seed(seed, "snapshots_inside");
-        round(&mut Rng::new(seed));
-        drop(seed_shown);
+    if let Some(seed) = chosen_seed() {
+        round(seed);
+        return;
     }
+    let rounds = if long_mode() { 150 } else { 12 };
+    (0x5a0..0x5a0 + rounds).for_each(round);
 }
 
 /// base.raw, N on it, D with snapshots on N, E on D; disks of different sizes and cluster sizes at each level, and D's
 /// disk changes its size between snapshots. Then N goes.
-fn round(rng: &mut Rng) {
+fn round(seed: u64) {
+    let _seed = OnFailure::print_seed(seed, "snapshots_inside");
+    let rng = &mut Rng::new(seed);
     let work = WorkDir::new("inside");
     let dir = work.join("tree");
     fs::create_dir(&dir).unwrap();
