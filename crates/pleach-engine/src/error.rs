@@ -108,6 +108,9 @@ impl Error {
 
     /// What an image error means for the image at `path`.
     pub fn image(path: &Path, source: ImageError) -> Self {
+        if let ImageError::InLayer { path, source } = source {
+            return Self::image(&path, *source);
+        }
         if let ImageError::Io { what, source } = source {
             return Self::io(what, path, source);
         }

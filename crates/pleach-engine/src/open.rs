@@ -1,7 +1,7 @@
 //! Opening the files of a survey, each once, locked for what it will be used for.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pleach_image::{Chain, Image, Layer, RawImage};
@@ -15,7 +15,7 @@ use crate::{Error, ErrorKind, Result};
 /// Locks belong to the open file: every file is opened once, for the strongest role that it will have.
 #[derive(Debug)]
 pub struct OpenFiles {
-    layers: BTreeMap<usize, Arc<Layer>>,
+    layers: BTreeMap<usize, (PathBuf, Arc<Layer>)>,
 }
 
 impl OpenFiles {
@@ -27,7 +27,7 @@ impl OpenFiles {
         let mut layers = BTreeMap::new();
         for (&index, &role) in roles {
             let Some(file) = survey.files.get(index) else { continue };
-            layers.insert(index, Arc::new(open_one(disk, file, role)?));
+            layers.insert(index, (file.path.clone(), Arc::new(open_one(disk, file, role)?)));
         }
         Ok(Self { layers })
     }
@@ -37,12 +37,16 @@ impl OpenFiles {
     /// # Panics
     /// If the file was not among those opened, which is a defect of the caller.
     pub fn layer(&self, index: usize) -> &Arc<Layer> {
+        &self.entry(index).1
+    }
+
+    fn entry(&self, index: usize) -> &(PathBuf, Arc<Layer>) {
         self.layers.get(&index).expect("opened with the others")
     }
 
     /// The chain of files `indexes`, top first.
     pub fn chain(&self, indexes: &[usize]) -> Chain {
-        Chain::new(indexes.iter().map(|&i| Arc::clone(self.layer(i))).collect())
+        Chain::with_paths(indexes.iter().map(|&i| self.entry(i).clone()).collect())
     }
 }
 

@@ -1,5 +1,6 @@
 //! An image over its backing files, read as the guest would.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pleach_format::Mapping;
@@ -105,12 +106,28 @@ pub struct Piece {
 #[derive(Clone, Debug)]
 pub struct Chain {
     layers: Vec<Arc<Layer>>,
+    paths: Vec<PathBuf>,
 }
 
 impl Chain {
     /// The chain of `layers`, top first. Each layer hides what lies below it, also behind its own end.
     pub fn new(layers: Vec<Arc<Layer>>) -> Self {
-        Self { layers }
+        Self { layers, paths: Vec::new() }
+    }
+
+    /// The same, with the layers' paths: errors then say which layer they are about.
+    pub fn with_paths(layers: Vec<(PathBuf, Arc<Layer>)>) -> Self {
+        let (paths, layers) = layers.into_iter().unzip();
+        Self { layers, paths }
+    }
+
+    /// Says which layer an error is about, unless that was said already.
+    fn in_layer(&self, depth: usize) -> impl Fn(ImageError) -> ImageError {
+        let path = self.paths.get(depth).cloned();
+        move |error| match (error, path.clone()) {
+            (error @ ImageError::InLayer { .. }, _) | (error, None) => error,
+            (error, Some(path)) => ImageError::InLayer { path, source: Box::new(error) },
+        }
     }
 
     /// The layers, top first.
@@ -132,6 +149,10 @@ impl Chain {
     }
 
     fn read_from(&self, depth: usize, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        self.read_layer(depth, offset, buf).map_err(self.in_layer(depth))
+    }
+
+    fn read_layer(&self, depth: usize, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
         let Some(layer) = self.layers.get(depth) else {
             buf.fill(0);
             return Ok(());
@@ -194,6 +215,10 @@ impl Chain {
         len: u64,
         out: &mut Vec<Piece>,
     ) -> Result<(), ImageError> {
+        self.pieces_of(depth, offset, len, out).map_err(self.in_layer(depth))
+    }
+
+    fn pieces_of(&self, depth: usize, offset: u64, len: u64, out: &mut Vec<Piece>) -> Result<(), ImageError> {
         let zero = |guest, len| Piece { guest, len, kind: PieceKind::Zero };
         let Some(layer) = self.layers.get(depth) else {
             push(out, zero(offset, len));

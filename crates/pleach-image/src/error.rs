@@ -1,6 +1,7 @@
 //! What can go wrong with an image.
 
 use std::io;
+use std::path::PathBuf;
 
 use pleach_alloc::AllocError;
 use pleach_format::FormatError;
@@ -85,6 +86,14 @@ pub enum ImageError {
     Changed {
         /// What differs.
         what: &'static str,
+    },
+    /// Another layer of the chain is the one that cannot be read.
+    #[error("{}: {source}", .path.display())]
+    InLayer {
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<ImageError>,
     },
     /// Refcounts could not be read or changed.
     #[error(transparent)]
