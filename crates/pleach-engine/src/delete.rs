@@ -402,6 +402,15 @@ pub(crate) fn plan_single(
         Err(_) if readers.is_empty() && !survey.loops(victim) => Vec::new(),
         Err(error) => return Err(error),
     };
+    for file in below.iter().chain(&readers).chain([&victim]).filter_map(|&i| survey.files.get(i)) {
+        // Which of the two is read depends on the name under which the image is opened.
+        if let Some(name) = survey.other_names.iter().find(|n| n.reader == file.stat.id) {
+            let text = format!("reads another backing file under its other name \"{}\"", name.path.display());
+            return Err(Error::new(ErrorKind::Refused, text)
+                .at(&file.path)
+                .hint("remove that name, or give the image an absolute backing file name"));
+        }
+    }
     let designated = designate(survey, &readers, keep, decided)?;
     // An interrupted deletion may have merged the reader that takes the name already.
     let merged = match (decided.renamed, decided.committed) {

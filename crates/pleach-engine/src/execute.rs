@@ -68,12 +68,12 @@ pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Wat
         // One name goes and nothing else happens: there is no middle to be interrupted in.
         return remove(disk, survey, &plan);
     }
-    try_second_name(disk, survey, &plan)?;
     let first = plan.single.as_ref().map(|s| s.0).or(plan.removes.last().copied());
     let named_after = first.and_then(|i| survey.files.get(i)).map(|f| f.path.clone()).unwrap_or_default();
     let mut journal = Journal::begin(disk, &named_after, &intent)?;
     let mut outcome = Outcome::default();
-    let begun = reserve_all(survey, &open, &staged)
+    let begun = try_second_name(disk, survey, &plan)
+        .and_then(|()| reserve_all(survey, &open, &staged))
         .and_then(|()| copy_fresh(survey, &open, &staged, watch, &mut outcome));
     if let Err(error) = begun {
         // No table has changed yet: cut the files to their old lengths, and nothing has happened.

@@ -1,9 +1,8 @@
 //! Which images there are, and which file each of them reads: found by looking, not by trusting names.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use pleach_format::{Header, SnapshotRecord};
 use pleach_image::{Image, backing_path, escape, read_head};
@@ -368,6 +367,9 @@ impl Survey {
         let broken = |why, id| Backing::Broken { name: escape(&named.name), why, id };
         let Ok(path) = backing_path(&from, &named.name) else { return broken(Why::NotAPath, None) };
         let Ok(stat) = disk.stat(&path) else { return broken(Why::Missing, None) };
+        if disk.is_symlink(&path) {
+            self.aliases.push((path.clone(), stat.id));
+        }
         let format = match named.format.as_deref() {
             Some(b"qcow2") => FileFormat::Qcow2,
             Some(b"raw") => FileFormat::Raw,
@@ -388,9 +390,21 @@ impl Survey {
         let opened =
             matches!(stat.kind, FileKind::Regular).then(|| disk.open(&path, Access::Read).ok()).flatten();
         let Some(store) = opened else { return broken(Why::Unreadable, Some(stat.id)) };
-        match self.add(tidy(&path), stat, format, &*store, disk) {
+        let own = self.own_path(disk, &path);
+        match self.add(own, stat, format, &*store, disk) {
             Some(added) => Backing::File(added),
             None => broken(Why::Unreadable, Some(stat.id)),
+        }
+    }
+
+    /// The path behind all links; as a name in one of the directories that were searched, if it lies there.
+    fn own_path(&self, disk: &dyn Disk, path: &Path) -> PathBuf {
+        let Ok(real) = disk.canonical(path) else { return path.to_owned() };
+        let home = real.parent();
+        let named = self.directories.iter().find(|d| disk.canonical(d).ok().as_deref() == home);
+        match (named, real.file_name()) {
+            (Some(dir), Some(name)) => dir.join(name),
+            _ => real,
         }
     }
 
@@ -509,11 +523,4 @@ fn seeming_backing(store: &dyn Store) -> Option<Vec<u8>> {
     let mut name = vec![0; len as usize];
     store.read_at(offset, &mut name).ok()?;
     Some(name)
-}
-
-/// The path without `.` components; `..` stays, it may lead through a link.
-fn tidy(path: &Path) -> PathBuf {
-    let parts = path.components().filter(|c| !matches!(c, Component::CurDir));
-    let tidied: PathBuf = parts.collect();
-    if tidied.as_os_str().is_empty() { PathBuf::from(OsStr::new(".")) } else { tidied }
 }

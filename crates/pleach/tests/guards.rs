@@ -3,6 +3,7 @@
 //! `PLEACH_SEED=…` draws other moments for the kills, `PLEACH_KEEP=1` keeps the files.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
@@ -11,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pleach_testkit::files::{changes, contents, copy_dir, patch, unfinished};
 use pleach_testkit::layers::{Layer, fill, qcow2, raw};
@@ -563,9 +564,15 @@ fn the_parents_name_survives_whenever_it_was_promised() {
     let before = little_under_much(&template);
     let after = before.after("N", &Removal::TakeOver("D".to_owned()));
     let dir = work.join("tree");
-    let args = delete(&dir, "N", &["--keep", "parent", "--yes"]);
+    let dependent = dir.join("D.qcow2");
+    // The last look before the names change goes through a crowd: time to be killed in.
+    let crowd = work.join("crowd");
+    fs::create_dir(&crowd).unwrap();
+    (0..500).for_each(|number| fs::write(crowd.join(number.to_string()), "no image").unwrap());
+    let keep = ["--keep", "parent", "--also", text(&crowd)];
+    let args = [delete(&dir, "N", &keep), vec!["--yes"]].concat();
     copy_dir(&template, &dir);
-    let planned = Tool::new(PLEACH).json(&delete(&dir, "N", &["--keep", "parent", "-n", "--json"]));
+    let planned = Tool::new(PLEACH).json(&[delete(&dir, "N", &keep), vec!["-n", "--json"]].concat());
     assert_eq!(planned["plan"]["copies"][0]["direction"], "pull", "{planned}");
     let whole = succeed(&args).elapsed;
     assert_eq!(after.problems(&dir), Vec::<String>::new(), "without a kill");
@@ -573,18 +580,24 @@ fn the_parents_name_survives_whenever_it_was_promised() {
     for index in 0..KILLS {
         fs::remove_dir_all(&dir).unwrap();
         copy_dir(&template, &dir);
-        // Every third as soon as the header has another backing file, the others in one of equal slices each.
-        let killed = if index % 3 == 0 {
-            let dependent = dir.join("D.qcow2");
-            kill_when(&args, || backing_name(&dependent).as_deref() != Some(b"N.qcow2"))
-        } else {
-            let slice = whole / KILLS;
-            let delay = slice * index + slice * u32::try_from(rng.below(1000)).unwrap() / 1000;
-            Tool::new(PLEACH).spawn(&args).kill_after(delay)
+        // As soon as the header has another backing file; or at any time after it began; or at any time.
+        let delay = whole * u32::try_from(rng.below(1000)).unwrap() / 1000;
+        let killed = match index % 3 {
+            0 => kill_when(&args, || backing_name(&dependent).as_deref() != Some(b"N.qcow2")),
+            1 => {
+                let begun = Cell::new(None);
+                kill_when(&args, || {
+                    if begun.get().is_none() && has_journal(&dir) {
+                        begun.set(Some(Instant::now()));
+                    }
+                    begun.get().is_some_and(|begun: Instant| begun.elapsed() >= delay / 3)
+                })
+            }
+            _ => Tool::new(PLEACH).spawn(&args).kill_after(delay),
         };
         assert!(matches!(killed.code, None | Some(0)), "{killed}");
         let begun = has_journal(&dir);
-        let switched = backing_name(&dir.join("D.qcow2")).as_deref() == Some(b"P.qcow2");
+        let switched = backing_name(&dependent).as_deref() == Some(b"P.qcow2");
         let resumed = succeed(&["resume", text(&dir)]);
         let label =
             format!("kill {index} after {:?}, journal: {begun}, switched: {switched}", killed.elapsed);
