@@ -724,6 +724,13 @@ impl<'a> Planner<'a> {
             .at(&over.path)
             .hint("delete with --keep child"));
         }
+        if !may_set_mode(self.disk, over) {
+            let text =
+                "belongs to another user, so it cannot get the mode of the file whose name it should get";
+            return Err(Error::new(ErrorKind::Unsupported, text)
+                .at(&over.path)
+                .hint("delete with --keep child"));
+        }
         let second = second_name(&victim.path);
         if self.disk.stat(&second).is_ok_and(|s| s.id != over.stat.id) {
             return Err(
@@ -852,12 +859,20 @@ impl<'a> Planner<'a> {
     }
 }
 
+/// Whether this user may give the file the mode that another file had under the name that it takes.
+fn may_set_mode(disk: &dyn Disk, file: &SurveyFile) -> bool {
+    disk.user() == 0 || disk.user() == file.stat.owner
+}
+
 /// Whether the victim's file may be changed in place and take the reader's name: no other name leads to it, and its own
 /// backing file name means the same in the reader's directory.
 pub(crate) fn can_merge_down(disk: &dyn Disk, victim: &SurveyFile, reader: &SurveyFile) -> bool {
     let directory = |f: &SurveyFile| disk.canonical(&directory_of(&f.path)).ok();
     let links = victim.stat.links == 1 && reader.stat.links == 1;
-    links && reader.snapshots.is_empty() && directory(victim) == directory(reader)
+    links
+        && may_set_mode(disk, victim)
+        && reader.snapshots.is_empty()
+        && directory(victim) == directory(reader)
 }
 
 /// What every state of an image gets when what it stands on goes: `covers` are its states, active first. `zero` tells

@@ -78,7 +78,8 @@ pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Wat
     if let Err(error) = begun {
         // No table has changed yet: cut the files to their old lengths, and nothing has happened.
         shorten(&open, &staged);
-        journal.end()?;
+        // A journal that cannot be removed is met by the next operation; the reason that counts is this one.
+        let _ = journal.end();
         return Err(error);
     }
     let result = run(disk, survey, &plan, &open, staged, &mut journal, watch, outcome);
@@ -179,6 +180,11 @@ fn run(
     mut outcome: Outcome,
 ) -> Result<Outcome> {
     for stage in staged {
+        if stage.clusters.is_some() {
+            let path = path_of(survey, stage.merge.target);
+            let store = open.layer(stage.merge.target).store();
+            clear_unknown_autoclear(&**store).map_err(|e| Error::image(path, e))?;
+        }
         if stage.in_place() {
             copy_stage(survey, open, &stage, watch, &mut outcome)?;
         }
@@ -554,7 +560,6 @@ fn merge(survey: &Survey, open: &OpenFiles, staged: Staged<'_>, journal: &mut Jo
     let wrap = |e| Error::image(path, e);
     match staged.clusters {
         Some((mut allocator, switch)) => {
-            clear_unknown_autoclear(target).map_err(wrap)?;
             publish(target, &mut allocator, &switch).map_err(wrap)?;
             if staged.merge.direction == Direction::Pull || staged.merge.backing.is_some() {
                 switch_backing(target, path, staged.merge.backing.as_ref(), journal)?;

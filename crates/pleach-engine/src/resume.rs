@@ -49,6 +49,9 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
         None => Ok("nothing had begun".to_owned()),
         Some(Intent::Remove { files, directories }) => {
             let left: Vec<&JournalImage> = files.iter().filter(|f| here(disk, f).is_some()).collect();
+            if let Some(other) = files.iter().find(|f| disk.stat(&f.path).is_ok_and(|s| !f.is(&s))) {
+                return Err(not_the_same(&other.path));
+            }
             // All at once, and held: nobody may use any of them.
             let _locks = left.iter().map(|f| open(disk, &f.path)).collect::<Result<Vec<_>>>()?;
             for file in &left {
@@ -100,12 +103,7 @@ impl MergeIntent<'_> {
             return Ok(());
         }
         let Some(victim_id) = here(disk, self.victim) else {
-            return Err(Error::new(
-                ErrorKind::Failed,
-                "the file is not the one that the interrupted operation began with; nothing was changed",
-            )
-            .at(&self.victim.path)
-            .hint("if the images are as they should be, remove the journal"));
+            return Err(not_the_same(&self.victim.path));
         };
         self.give_back_leaks(disk)?;
         let trust = Trust { allowed: Vec::new(), everything: true };
@@ -201,6 +199,15 @@ fn remove(disk: &dyn Disk, path: &Path) -> Result<()> {
     disk.unlink(path).map_err(|e| Error::io("remove", path, e))?;
     let dir = directory_of(path);
     disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))
+}
+
+fn not_the_same(path: &Path) -> Error {
+    Error::new(
+        ErrorKind::Failed,
+        "the file is not the one that the interrupted operation began with; nothing was changed",
+    )
+    .at(path)
+    .hint("if the images are as they should be, remove the journal")
 }
 
 /// The image's identity now, if it is where the journal says.

@@ -1,6 +1,6 @@
 //! What each node takes, what deleting it would give back, and what that would write.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -45,7 +45,7 @@ struct Scanned {
 /// Host clusters of one internal state, sorted, each once.
 type StateClusters = Vec<u64>;
 
-/// The figures of every node. The files are locked for `role` while they are looked at: [`Role::Look`] takes them even
+/// The figures of `shown`, which are whole trees. The files are locked for `role` while they are looked at: [`Role::Look`] takes them even
 /// from under a writer.
 ///
 /// # Errors
@@ -54,9 +54,11 @@ pub fn sizes(
     disk: &dyn Disk,
     survey: &Survey,
     family: &Family,
+    shown: &BTreeSet<NodeId>,
     role: Role,
 ) -> Result<BTreeMap<NodeId, Sizes>> {
-    let nodes: Vec<usize> = (0..survey.files.len()).filter(|&i| family.node_of_file(i).is_some()).collect();
+    let wanted = |i: &usize| family.node_of_file(*i).is_some_and(|id| shown.contains(&id));
+    let nodes: Vec<usize> = (0..survey.files.len()).filter(wanted).collect();
     let scanned: BTreeMap<usize, Scanned> = nodes
         .par_iter()
         .map(|&i| {
@@ -69,6 +71,7 @@ pub fn sizes(
     let measured: Vec<(NodeId, Sizes)> = family
         .lineage
         .ids()
+        .filter(|id| shown.contains(id))
         .collect::<Vec<_>>()
         .par_iter()
         .map(|&id| match family.state(id) {

@@ -66,7 +66,7 @@ pub(crate) fn walk(image: &Image, sink: &mut Sink<'_>) -> Result<Walked, ImageEr
     census.add_refcount_structures(&counts);
     let mut walk = Walk { image, place, census, tables: BTreeMap::new() };
     walk.census.add_bytes(&place, header.l1_table_offset(), u64::from(header.l1_size()) * 8, 1);
-    walk.l1(image.l1(), header.l1_table_offset(), true, sink)?;
+    walk.l1(image.l1(), header.l1_table_offset(), true, 1, sink)?;
     walk.snapshots(sink)?;
     walk.l2_tables(sink)?;
     walk.bitmaps(sink)?;
@@ -114,6 +114,7 @@ impl Walk<'_> {
         l1: &[L1Entry],
         at: HostOffset,
         active: bool,
+        times: u64,
         sink: &mut Sink<'_>,
     ) -> Result<(), ImageError> {
         let g = self.geometry();
@@ -125,7 +126,7 @@ impl Walk<'_> {
                 offset: Some(at.0 + slot as u64 * 8),
                 guest: Some((guest, g.l1_span())),
                 message,
-                times: 1,
+                times,
             };
             let raw = entry.0;
             let offset = match entry.l2_table(g) {
@@ -159,7 +160,7 @@ impl Walk<'_> {
             }
             let table =
                 self.tables.entry(offset.0).or_insert(TableUse { references: 0, guest, active: None });
-            table.references += 1;
+            table.references += times;
             if active {
                 table.guest = guest;
                 table.active = Some(slot);
@@ -189,6 +190,7 @@ impl Walk<'_> {
         };
         let last = snapshots.len().saturating_sub(1);
         let mut bytes = 0u64;
+        let mut tables: BTreeMap<(HostOffset, u32), u64> = BTreeMap::new();
         for (i, snapshot) in snapshots.iter().enumerate() {
             let stored = snapshot.stored_bytes as u64;
             bytes += if i == last { stored } else { stored.next_multiple_of(8) };
@@ -207,14 +209,20 @@ impl Walk<'_> {
                 ))?;
                 continue;
             }
-            match read_l1(&**self.image.store(), self.geometry(), offset, snapshot.l1_size) {
+            *tables.entry((offset, snapshot.l1_size)).or_insert(0) += 1;
+        }
+        // Snapshots may share an L1 table in a hostile image: each is read once.
+        for ((offset, entries), times) in tables {
+            match read_l1(&**self.image.store(), self.geometry(), offset, entries) {
                 Ok(l1) => {
-                    self.census.add_bytes(&self.place, offset, u64::from(snapshot.l1_size) * 8, 1);
-                    self.l1(&l1, offset, false, sink)?;
+                    self.census.add_bytes(&self.place, offset, u64::from(entries) * 8, times);
+                    self.l1(&l1, offset, false, times, sink)?;
                 }
                 Err(error @ ImageError::Io { .. }) => return Err(error),
                 Err(error) => {
-                    sink(bad("snapshot-l1", format!("snapshot \"{name}\": {error}; it cannot be read")))?
+                    let found =
+                        bad("snapshot-l1", format!("{error}; the snapshots that use it cannot be read"));
+                    sink(Finding { times, ..found })?;
                 }
             }
         }

@@ -22,23 +22,40 @@ const ERRORS: u8 = 4;
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
     let mut documents = Vec::new();
     let mut worst = 0;
-    for path in images(args)? {
-        let (dirty, report) = one(&path, args)?;
+    let images = images(args)?;
+    let mut failed = false;
+    for path in &images {
+        let (dirty, report) = match one(path, args) {
+            Ok(checked) => checked,
+            Err(error) if images.len() == 1 => return Err(error),
+            // The others are worth checking all the same.
+            Err(error) => {
+                failed = true;
+                if args.json {
+                    documents.push(
+                        json!({ "filename": path.display().to_string(), "error": output::object(&error) }),
+                    );
+                } else {
+                    output::report(&error);
+                }
+                continue;
+            }
+        };
         worst = worst.max(match (report.errors, report.leaks) {
             (0, 0) => 0,
             (0, _) => LEAKS,
             _ => ERRORS,
         });
         if args.json {
-            documents.push(document(&path, dirty, &report));
+            documents.push(document(path, dirty, &report));
         } else {
-            output::print(&text(&path, dirty, &report));
+            output::print(&text(path, dirty, &report));
         }
     }
     if args.json {
         output::document(&json!({ "schema": 1, "images": documents }));
     }
-    Ok(ExitCode::from(worst))
+    Ok(ExitCode::from(if failed && worst == 0 { 1 } else { worst }))
 }
 
 /// The images that are meant: files as they are named, the qcow2 images of directories, and chains if asked for.

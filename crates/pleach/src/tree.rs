@@ -50,7 +50,7 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
         wrong.retain(|e| e.path.as_deref().is_none_or(|path| files.contains(path)));
     }
     let measured = if args.sizes || args.json {
-        match sizes(&RealDisk, &survey, &family, role) {
+        match sizes(&RealDisk, &survey, &family, &shown, role) {
             Ok(measured) => measured,
             // The hierarchy is worth showing even where a figure cannot be had.
             Err(error) if !args.sizes => {
