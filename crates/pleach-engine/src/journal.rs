@@ -228,6 +228,25 @@ pub fn pending(disk: &dyn Disk, directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries.into_iter().filter(|p| p.extension() == Some(OsStr::new("journal"))).collect())
 }
 
+/// Removes what is left of journals that were never begun: their operations have changed nothing.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn clear_unbegun(disk: &dyn Disk, directory: &Path) -> Result<()> {
+    let inside = directory.join(DIRECTORY);
+    if disk.stat(&inside).is_err() {
+        return Ok(());
+    }
+    for path in disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))? {
+        if path.extension() == Some(OsStr::new("journal-new")) {
+            disk.unlink(&path).map_err(|e| Error::io("remove", &path, e))?;
+        }
+    }
+    // Other journals or catalogs may be in it.
+    let _ = disk.remove_dir(&inside);
+    Ok(())
+}
+
 impl<'a> Journal<'a> {
     /// Begins an operation named after `image`: when this returns, the intent is durable.
     ///

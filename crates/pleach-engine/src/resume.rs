@@ -8,7 +8,7 @@ use pleach_store::{Access, Disk, FileId, Role, Store};
 
 use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{drop_first_name, go_on, nobody_reads, second_name, switch_backing};
-use crate::journal::{Contents, Intent, Journal, JournalImage, directory_of, pending};
+use crate::journal::{Contents, Intent, Journal, JournalImage, clear_unbegun, directory_of, pending};
 use crate::leaks::give_back;
 use crate::names::renamed;
 use crate::survey::{FileFormat, Survey, Trust};
@@ -39,6 +39,7 @@ pub fn resume(disk: &dyn Disk, directories: &[PathBuf], watch: &Watch) -> Result
             journal.end()?;
             done.push(Resumed { journal: path, what });
         }
+        clear_unbegun(disk, dir)?;
     }
     Ok(done)
 }
