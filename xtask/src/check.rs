@@ -15,6 +15,8 @@ const STEPS: &[Step] = &[
     ("tidy", || tidy::tidy(&[])),
     ("clippy", clippy),
     ("test", || crate::test(&[])),
+    // The README's first command, as a newcomer types it.
+    ("demo", || run(cargo().args(["run", "--release", "--", "demo"]))),
     ("doc", || crate::docs(&[])),
     ("benches compile", check_benches),
     ("fuzz targets compile", check_fuzz),
