@@ -1,5 +1,7 @@
 //! L1, L2 and refcount table entries (spec: L1/L2 tables, refcount table; standard, compressed and extended).
 
+use core::ops::Range;
+
 use smallvec::SmallVec;
 
 use crate::{FormatError, Geometry, HostOffset, Version};
@@ -87,6 +89,20 @@ impl L2Entry {
         Self(offset.0 | COPIED)
     }
 
+    /// The entry of a compressed cluster whose `length` bytes start at `offset`; `None` if it cannot be written: no bytes,
+    /// more sectors than the field counts (two clusters and more), or a place beyond what the descriptor (2^49 with 2 MiB
+    /// clusters) or the format (2^56) reaches.
+    pub fn compressed(geometry: Geometry, offset: HostOffset, length: u64) -> Option<Self> {
+        let last = offset.0.checked_add(length.checked_sub(1)?)?;
+        let bits = geometry.compressed_offset_bits();
+        if offset.0 >> bits != 0 || last >> 56 != 0 {
+            return None;
+        }
+        let sectors = last / 512 - offset.0 / 512;
+        (sectors >> (geometry.cluster_bits() - 8) == 0)
+            .then_some(Self(COMPRESSED | sectors << bits | offset.0))
+    }
+
     /// Whether the entry claims that its data cluster has refcount exactly 1.
     pub fn copied(self) -> bool {
         self.0 & COPIED != 0
@@ -110,7 +126,7 @@ impl L2Entry {
     /// compressed offset of 2^56 and above.
     pub fn decode(self, geometry: Geometry, version: Version) -> Result<Mapping, FormatError> {
         if self.is_compressed() {
-            return self.compressed(geometry).map(Mapping::Compressed);
+            return self.extent(geometry).map(Mapping::Compressed);
         }
         if self.0 & Self::RESERVED != 0 {
             return Err(FormatError::Reserved { field: "L2 entry", value: self.0, reserved: Self::RESERVED });
@@ -135,7 +151,7 @@ impl L2Entry {
         })
     }
 
-    fn compressed(self, geometry: Geometry) -> Result<CompressedExtent, FormatError> {
+    fn extent(self, geometry: Geometry) -> Result<CompressedExtent, FormatError> {
         if self.copied() {
             return Err(FormatError::Invalid {
                 field: "L2 entry",
@@ -178,6 +194,45 @@ pub struct SubRun {
 }
 
 impl ExtendedL2Entry {
+    /// The entry of a cluster that reads as zeros, without a host cluster.
+    pub const ZERO: Self = Self { descriptor: L2Entry(0), subclusters: 0xffff_ffff_0000_0000 };
+
+    /// The entry of a cluster of refcount 1 at `offset`, all of it data.
+    pub fn owned(offset: HostOffset) -> Self {
+        Self { descriptor: L2Entry::owned(offset), subclusters: 0xffff_ffff }
+    }
+
+    /// The entry of a cluster of refcount 1 at `offset` that holds nothing yet: the backing file answers.
+    pub fn preallocated(offset: HostOffset) -> Self {
+        Self { descriptor: L2Entry::owned(offset), subclusters: 0 }
+    }
+
+    /// The same entry with `subclusters` holding data. Only meaningful with a host cluster.
+    #[must_use]
+    pub fn with_data(self, subclusters: Range<u32>) -> Self {
+        let mask = mask(subclusters);
+        Self { subclusters: self.subclusters & !(mask << 32) | mask, ..self }
+    }
+
+    /// The same entry with `subclusters` reading as zeros.
+    #[must_use]
+    pub fn with_zeros(self, subclusters: Range<u32>) -> Self {
+        let mask = mask(subclusters);
+        Self { subclusters: self.subclusters & !mask | mask << 32, ..self }
+    }
+
+    /// The same entry with `subclusters` saying nothing: the backing file answers.
+    #[must_use]
+    pub fn with_unallocated(self, subclusters: Range<u32>) -> Self {
+        let mask = mask(subclusters);
+        Self { subclusters: self.subclusters & !(mask | mask << 32), ..self }
+    }
+
+    /// The 16 bytes as stored.
+    pub fn to_bytes(self) -> [u8; 16] {
+        (u128::from(self.descriptor.0) << 64 | u128::from(self.subclusters)).to_be_bytes()
+    }
+
     /// The entry's subclusters as runs, in order, all 32 covered.
     ///
     /// # Errors
@@ -241,6 +296,12 @@ impl RefcountTableEntry {
         }
         Ok((self.0 != 0).then_some(HostOffset(self.0)))
     }
+}
+
+/// Bits `subclusters` of the lower half of a subcluster bitmap; what lies beyond the 32 subclusters is ignored.
+fn mask(subclusters: Range<u32>) -> u64 {
+    let below = |end: u32| (1u64 << end.min(32)) - 1;
+    below(subclusters.end) & !below(subclusters.start)
 }
 
 fn same_kind(a: Mapping, b: Mapping) -> bool {
@@ -311,6 +372,76 @@ mod tests {
         ] {
             let entry = ExtendedL2Entry { descriptor: L2Entry(descriptor), subclusters };
             assert!(entry.decode(g).is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn t05_compressed_descriptors_round_trip_in_every_geometry() {
+        for bits in Geometry::MIN_CLUSTER_BITS..=Geometry::MAX_CLUSTER_BITS {
+            let g = Geometry::new(bits, false).unwrap();
+            let reach = 1u64 << g.compressed_offset_bits().min(56);
+            let cluster = g.cluster_size();
+            for offset in [0, 1, 511, 512, 0x5_0123, reach / 2 + 77, reach - 512, reach - 1] {
+                for length in [1, 2, 511, 512, 513, cluster - 1, cluster] {
+                    let name = std::format!("{bits} {offset:#x} {length}");
+                    let entry = L2Entry::compressed(g, HostOffset(offset), length);
+                    if (offset + length - 1) >> 56 != 0 {
+                        assert_eq!(entry, None, "{name}");
+                        continue;
+                    }
+                    let entry = entry.expect(&name);
+                    assert!(entry.is_compressed() && !entry.copied());
+                    let Ok(Mapping::Compressed(extent)) = entry.decode(g, Version::V2) else {
+                        panic!("{name}: {entry:?}");
+                    };
+                    assert_eq!(extent.offset.0, offset, "{name}");
+                    // All of the data, and nothing behind the sector that they end in.
+                    assert!(extent.bytes >= length && extent.bytes - length < 512, "{name}: {extent:?}");
+                }
+            }
+            let none = [(0, 0), (reach, 1), (u64::MAX, 1), (u64::MAX, u64::MAX), (0, 2 * cluster + 1)];
+            for (offset, length) in none {
+                assert_eq!(
+                    L2Entry::compressed(g, HostOffset(offset), length),
+                    None,
+                    "{bits} {offset:#x} {length}"
+                );
+            }
+            // The most that the field counts.
+            assert!(L2Entry::compressed(g, HostOffset(0), 2 * cluster).is_some(), "{bits}");
+            assert!(L2Entry::compressed(g, HostOffset(1), 2 * cluster).is_none(), "{bits}");
+        }
+        // Captured from qemu-img: the second of three packed clusters; its bytes end in the 71st sector.
+        let g = Geometry::new(16, false).unwrap();
+        assert_eq!(
+            L2Entry::compressed(g, HostOffset(0x58cfc), 70 * 512),
+            Some(L2Entry(0x5180_0000_0005_8cfc))
+        );
+    }
+
+    #[test]
+    fn t23_extended_entries_are_made_of_their_subclusters() {
+        let g = Geometry::new(16, true).unwrap();
+        let at = HostOffset(0x50000);
+        let made = ExtendedL2Entry::preallocated(at).with_data(0..1).with_data(3..4).with_zeros(5..6);
+        // Captured from qemu-io.
+        assert_eq!(made.to_bytes(), 0x8000_0000_0005_0000_0000_0020_0000_0009u128.to_be_bytes());
+        let cases = [
+            ("all data", ExtendedL2Entry::owned(at), &[(32, Mapping::Data(at))][..]),
+            ("preallocated", ExtendedL2Entry::preallocated(at), &[(32, Mapping::Unallocated)]),
+            ("zero", ExtendedL2Entry::ZERO, &[(32, Mapping::Zero)]),
+            ("nothing", ExtendedL2Entry::default(), &[(32, Mapping::Unallocated)]),
+            (
+                "zeros over data, data over zeros, then nothing",
+                ExtendedL2Entry::owned(at).with_zeros(0..32).with_data(0..16).with_unallocated(8..99),
+                &[(8, Mapping::Data(at)), (24, Mapping::Unallocated)],
+            ),
+            ("an empty range", ExtendedL2Entry::owned(at).with_zeros(7..7), &[(32, Mapping::Data(at))]),
+        ];
+        for (name, entry, want) in cases {
+            let runs = entry.decode(g).expect(name);
+            let found: std::vec::Vec<_> = runs.iter().map(|r| (r.count, r.mapping)).collect();
+            assert_eq!(found, want, "{name}");
         }
     }
 

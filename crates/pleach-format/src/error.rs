@@ -78,8 +78,24 @@ pub enum FormatError {
         /// Its name from the image's feature name table, escaped, or `unnamed`.
         name: String,
     },
+    /// A feature that version 2 cannot express.
+    #[error("{feature} needs format version 3 (compat 1.1)")]
+    NeedsV3 {
+        /// What was asked for.
+        feature: &'static str,
+    },
+    /// Two features that no image has together.
+    #[error("{one} and {other} exclude each other")]
+    Excluded {
+        /// One of them.
+        one: &'static str,
+        /// The other.
+        other: &'static str,
+    },
     /// The header cluster has no room for what should be written into it.
-    #[error("the header needs {needed} bytes, a cluster has {available}: the backing file name is too long")]
+    #[error(
+        "the header needs {needed} bytes, a cluster has {available}: use a shorter file name or larger clusters"
+    )]
     HeaderFull {
         /// Bytes needed.
         needed: u64,

@@ -44,8 +44,9 @@ pub use bitmap::{BitmapRecord, BitmapsExtension};
 pub use entry::{CompressedExtent, ExtendedL2Entry, L1Entry, L2Entry, Mapping, RefcountTableEntry, SubRun};
 pub use error::FormatError;
 pub use header::{
-    Autoclear, BackingChange, BackingFile, Compatible, CompressionType, Encryption, Extension, ExtensionKind,
-    FeatureName, Header, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version, rewrite_backing, root,
+    Autoclear, BackingChange, BackingFile, Compatible, CompressionType, DataFile, Encryption, Extension,
+    ExtensionKind, FeatureName, Header, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version,
+    rewrite_backing, root,
 };
 pub use refcount::RefcountWidth;
 pub use run::{Run, RunKind, RunList};

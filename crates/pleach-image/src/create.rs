@@ -109,6 +109,7 @@ impl Layout {
             refcount_table_clusters: u32::try_from(table_clusters).unwrap_or(u32::MAX),
             l1_table_offset: (1 + table_clusters + blocks) * cluster,
             backing: options.backing.clone(),
+            ..NewHeader::default()
         };
         let header = header.encode().map_err(bad)?;
         let used = 1 + table_clusters + blocks + l1_clusters;

@@ -25,8 +25,8 @@ pub use raw::{RawHeader, RawHeaderV3};
 pub(crate) const MAX_L1_ENTRIES: u32 = 4 << 20;
 /// Largest refcount table that QEMU opens.
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
-/// Longest backing file name.
-const MAX_BACKING_NAME: u64 = 1023;
+/// Longest file name.
+const MAX_NAME: u64 = 1023;
 
 /// Format version.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -79,6 +79,12 @@ word!(
         EXTENDED_L2 = 4,
     }
 );
+impl Incompatible {
+    /// The file is being written and not yet whole. No standard feature: the highest bit, which every reader refuses,
+    /// this one included.
+    pub const IN_PROGRESS: Self = Self(1 << 63);
+}
+
 word!(
     /// Compatible features: unknown ones can be ignored, and are kept.
     Compatible {
@@ -113,6 +119,14 @@ impl CompressionType {
             Self::Zstd => "zstd",
         }
     }
+
+    /// The number in the header.
+    pub(crate) fn number(self) -> u8 {
+        match self {
+            Self::Deflate => 0,
+            Self::Zstd => 1,
+        }
+    }
 }
 
 /// How guest data is encrypted.
@@ -145,9 +159,32 @@ pub struct BackingFile {
 
 impl BackingFile {
     pub(crate) fn check(&self) -> Result<(), FormatError> {
-        check_range("backing_file_size", self.name.len() as u64, 1, MAX_BACKING_NAME)?;
+        check_range("backing_file_size", self.name.len() as u64, 1, MAX_NAME)?;
         let format = self.format.as_ref().map_or(1, Vec::len);
         check_range("backing format length", format as u64, 1, 15)
+    }
+}
+
+/// The external data file as the header names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataFile {
+    /// File name, 1 to 1023 bytes without NUL. QEMU looks for it from the working directory of the process.
+    pub name: Vec<u8>,
+    /// Whether the data file alone is a raw image of the disk (autoclear bit 1).
+    pub raw: bool,
+}
+
+impl DataFile {
+    pub(crate) fn check(&self) -> Result<(), FormatError> {
+        check_range("data file name length", self.name.len() as u64, 1, MAX_NAME)?;
+        if self.name.contains(&0) {
+            return Err(FormatError::Invalid {
+                field: "data file name",
+                value: self.name.len() as u64,
+                rule: "a file name has no NUL byte",
+            });
+        }
+        Ok(())
     }
 }
 
@@ -490,7 +527,12 @@ impl Words {
             .map(|e| FeatureName::parse_table(&e.data))
             .unwrap_or_default();
         let name = names.into_iter().find(|n| n.kind == 0 && u32::from(n.bit) == bit).map(|n| n.name);
-        Err(FormatError::UnknownFeature { bit, name: name.unwrap_or_else(|| String::from("unnamed")) })
+        let unnamed = if unknown == Incompatible::IN_PROGRESS.0 {
+            "an image that was never finished"
+        } else {
+            "unnamed"
+        };
+        Err(FormatError::UnknownFeature { bit, name: name.unwrap_or_else(|| String::from(unnamed)) })
     }
 }
 
@@ -502,7 +544,7 @@ fn backing_file(
     extensions: &[Extension],
 ) -> Result<BackingFile, FormatError> {
     let room = geometry.cluster_size() - at as u64;
-    check_range("backing_file_size", len.into(), 1, MAX_BACKING_NAME.min(room))?;
+    check_range("backing_file_size", len.into(), 1, MAX_NAME.min(room))?;
     let end = at + len as usize;
     let name = bytes.get(at..end).ok_or(truncated(end, bytes))?.to_vec();
     if name.contains(&0) {

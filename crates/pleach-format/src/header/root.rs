@@ -21,6 +21,22 @@ pub fn set_backing(sector: &mut [u8; 512], offset: u64, length: u32) {
     put(sector, 16, &length.to_be_bytes());
 }
 
+/// Sets number of internal snapshots and place of their table: bytes 60..72.
+pub fn set_snapshots(sector: &mut [u8; 512], count: u32, offset: u64) {
+    put(sector, 60, &count.to_be_bytes());
+    put(sector, 64, &offset.to_be_bytes());
+}
+
+/// Sets the incompatible feature word of a version 3 header: bytes 72..80.
+pub fn set_incompatible(sector: &mut [u8; 512], word: u64) {
+    put(sector, 72, &word.to_be_bytes());
+}
+
+/// Sets the compatible feature word of a version 3 header: bytes 80..88.
+pub fn set_compatible(sector: &mut [u8; 512], word: u64) {
+    put(sector, 80, &word.to_be_bytes());
+}
+
 /// Sets the autoclear feature word of a version 3 header: bytes 88..96.
 pub fn set_autoclear(sector: &mut [u8; 512], word: u64) {
     put(sector, 88, &word.to_be_bytes());

@@ -60,6 +60,148 @@ fn refuses_each_bad_field_by_name() {
     }
 }
 
+/// All combinations of what a header may say, over all versions; those that the format lacks are refused.
+fn every_new_header(mut each: impl FnMut(&NewHeader)) {
+    let data_file = |name: &str, raw| Some(DataFile { name: name.as_bytes().to_vec(), raw });
+    let backing = BackingFile { name: b"base.qcow2".to_vec(), format: Some(b"qcow2".to_vec()) };
+    for version in [Version::V2, Version::V3] {
+        for cluster_bits in [9, 13, 14, 16, 21] {
+            for flags in 0..64u32 {
+                for data_file in [None, data_file("d", false), data_file("data.raw", true)] {
+                    each(&NewHeader {
+                        version,
+                        cluster_bits,
+                        size: 3 << 20,
+                        refcount_width: RefcountWidth::new(4 + (flags >> 5 & 1)).unwrap(),
+                        l1_table_offset: 3 << cluster_bits,
+                        refcount_table_offset: 1 << cluster_bits,
+                        refcount_table_clusters: 1,
+                        backing: (flags & 1 != 0).then(|| backing.clone()),
+                        compression: [CompressionType::Deflate, CompressionType::Zstd]
+                            [usize::from(flags & 2 != 0)],
+                        extended_l2: flags & 4 != 0,
+                        lazy_refcounts: flags & 8 != 0,
+                        data_file,
+                        in_progress: flags & 16 != 0,
+                    });
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_new_header_says_is_what_is_read_or_it_is_refused() {
+    let (mut read, mut refused) = (0, 0);
+    every_new_header(|new| {
+        let v2 = new.version == Version::V2;
+        let only_v3 = new.compression == CompressionType::Zstd
+            || new.extended_l2
+            || new.lazy_refcounts
+            || new.data_file.is_some()
+            || new.in_progress
+            || new.refcount_width != RefcountWidth::DEFAULT;
+        let raw = new.data_file.as_ref().is_some_and(|d| d.raw);
+        let bad = v2 && only_v3 || new.extended_l2 && new.cluster_bits < 14 || raw && new.backing.is_some();
+        let Ok(mut bytes) = new.encode() else {
+            assert!(bad, "{new:?}: {:?}", new.encode());
+            refused += 1;
+            return;
+        };
+        assert!(!bad, "{new:?}");
+        assert_eq!(new.encode().unwrap(), bytes, "equal values, equal bytes");
+        if new.in_progress {
+            let error = Header::parse(&bytes).expect_err("no tool opens a file that is not whole");
+            assert!(alloc::format!("{error}").contains("never finished"), "{error}");
+            bytes.resize(bytes.len().max(512), 0);
+            let mut sector: [u8; 512] = bytes[..512].try_into().unwrap();
+            root::set_incompatible(&mut sector, new.incompatible().0);
+            put(&mut bytes, 0, &sector);
+        }
+        let header = Header::parse(&bytes).unwrap();
+        read += 1;
+        assert_eq!(header.version(), new.version, "{new:?}");
+        assert_eq!(header.geometry(), new.geometry().unwrap(), "{new:?}");
+        assert_eq!(u64::from(header.l1_size()), header.geometry().required_l1(new.size), "{new:?}");
+        assert_eq!(header.size(), new.size);
+        assert_eq!(header.refcount_width(), new.refcount_width);
+        assert_eq!(header.backing(), new.backing.as_ref());
+        assert_eq!(header.compression(), new.compression);
+        assert_eq!(header.compatible().has(Compatible::LAZY_REFCOUNTS), new.lazy_refcounts);
+        assert_eq!(header.data_file(), new.data_file.as_ref().map(|d| d.name.as_slice()));
+        assert_eq!(header.autoclear().has(Autoclear::RAW_DATA_FILE), raw);
+        assert_eq!(header.incompatible(), new.incompatible());
+    });
+    assert!(read > 300 && refused > 300, "{read} {refused}");
+}
+
+#[test]
+fn t10_version_2_refuses_what_its_header_has_no_room_for() {
+    type Edit = fn(&mut NewHeader);
+    let cases: &[(&str, Edit)] = &[
+        ("lazy refcounts", |n| n.lazy_refcounts = true),
+        ("extended L2", |n| n.extended_l2 = true),
+        ("compression", |n| n.compression = CompressionType::Zstd),
+        ("data file", |n| n.data_file = Some(DataFile { name: b"d".to_vec(), raw: false })),
+        ("refcount_order is 0", |n| n.refcount_width = RefcountWidth::new(0).unwrap()),
+        ("unfinished", |n| n.in_progress = true),
+    ];
+    for (want, edit) in cases {
+        let mut new = NewHeader { version: Version::V2, size: 1 << 20, ..NewHeader::default() };
+        let bytes = new.encode().unwrap();
+        assert_eq!(&bytes[V2_LENGTH..], [0; 8], "extensions start at 72");
+        edit(&mut new);
+        let error = alloc::format!("{}", new.encode().expect_err(want));
+        assert!(error.contains(want), "{want}: {error}");
+        new.version = Version::V3;
+        new.encode().expect(want);
+    }
+}
+
+#[test]
+fn t16_a_new_header_has_whole_sectors() {
+    let new = |size| NewHeader { size, ..NewHeader::default() };
+    assert!(matches!(new(1000).encode(), Err(FormatError::Unaligned { field: "size", .. })));
+    // What others wrote is rounded down.
+    let mut bytes = new(1024).encode().unwrap();
+    put(&mut bytes, 24, &1400u64.to_be_bytes());
+    assert_eq!(Header::parse(&bytes).unwrap().size(), 1024);
+}
+
+#[test]
+fn names_of_data_files_have_limits() {
+    for (name, fine) in [("", false), ("a", true), ("a\0b", false), (&*"n".repeat(1023), true)] {
+        let data_file = Some(DataFile { name: name.into(), raw: true });
+        let new = NewHeader { data_file, ..NewHeader::default() };
+        assert_eq!(new.encode().is_ok(), fine, "{name}");
+    }
+    let long = Some(DataFile { name: vec![b'n'; 1024], raw: false });
+    assert!(NewHeader { data_file: long, ..NewHeader::default() }.encode().is_err());
+    let wide = Some(DataFile { name: vec![b'n'; 400], raw: false });
+    let small =
+        NewHeader { data_file: wide, cluster_bits: 9, refcount_table_offset: 512, ..NewHeader::default() };
+    assert!(matches!(small.encode(), Err(FormatError::HeaderFull { .. })));
+}
+
+#[test]
+fn root_fields_are_where_the_header_is_read() {
+    let bytes = valid(Version::V3, 16, None);
+    let mut sector: [u8; 512] = [0; 512];
+    sector.copy_from_slice(&bytes[..512]);
+    root::set_snapshots(&mut sector, 7, 5 << 16);
+    root::set_incompatible(&mut sector, Incompatible::DIRTY.0);
+    root::set_compatible(&mut sector, 1 << 40 | Compatible::LAZY_REFCOUNTS.0);
+    root::set_autoclear(&mut sector, 1 << 9);
+    let mut whole = bytes.clone();
+    put(&mut whole, 0, &sector);
+    let header = Header::parse(&whole).unwrap();
+    assert_eq!((header.nb_snapshots(), header.snapshots_offset().0), (7, 5 << 16));
+    assert_eq!(header.incompatible(), Incompatible::DIRTY);
+    assert_eq!(header.compatible().0, 1 << 40 | 1);
+    assert_eq!(header.autoclear().0, 1 << 9);
+    assert_eq!(header.l1_table_offset(), Header::parse(&bytes).unwrap().l1_table_offset());
+}
+
 #[test]
 fn every_prefix_is_refused_or_equal() {
     for version in [Version::V2, Version::V3] {
