@@ -31,6 +31,8 @@ mod codec;
 mod create;
 mod error;
 mod image;
+#[cfg(test)]
+mod medium;
 mod names;
 mod publish;
 mod states;

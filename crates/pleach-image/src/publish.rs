@@ -193,3 +193,6 @@ fn read_sector(store: &dyn Store) -> Result<[u8; 512], ImageError> {
 fn write_sector(store: &dyn Store, sector: &[u8; 512]) -> Result<(), ImageError> {
     store.write_at(0, sector).map_err(ImageError::io("write the header"))
 }
+
+#[cfg(test)]
+mod tests;
