@@ -1,6 +1,112 @@
 //! Compressed clusters (spec: compressed clusters; deflate is raw, without any header).
 
-use flate2::{Decompress, FlushDecompress, Status};
+use std::ops::RangeInclusive;
+
+use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
+use pleach_format::{CompressionType, FormatError};
+use zstd_safe::{CCtx, CParameter};
+
+/// log2 of the deflate window: readers that were set up for 4 KiB must not meet longer distances.
+const DEFLATE_WINDOW: u8 = 12;
+
+/// Compresses clusters, one after another, with the working memory of the first: one a worker.
+///
+/// Equal clusters give equal bytes, whatever was compressed before.
+pub struct Compressor(Encoder);
+
+enum Encoder {
+    Deflate(Compress),
+    Zstd(CCtx<'static>),
+}
+
+impl std::fmt::Debug for Compressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.0 {
+            Encoder::Deflate(_) => "Compressor(Deflate)",
+            Encoder::Zstd(_) => "Compressor(Zstd)",
+        })
+    }
+}
+
+impl Compressor {
+    /// The levels that a type of compression has, fastest first.
+    pub fn levels(compression: CompressionType) -> RangeInclusive<u32> {
+        match compression {
+            CompressionType::Deflate => 1..=9,
+            CompressionType::Zstd => 1..=19,
+        }
+    }
+
+    /// The level that is used unless another one is asked for.
+    pub fn default_level(compression: CompressionType) -> u32 {
+        match compression {
+            CompressionType::Deflate => 6,
+            CompressionType::Zstd => 3,
+        }
+    }
+
+    /// A compressor of that type and level; `None` means the default level.
+    ///
+    /// # Errors
+    /// [`FormatError::OutOfRange`] for a level that is not one of [`levels`](Self::levels).
+    pub fn new(compression: CompressionType, level: Option<u32>) -> Result<Self, FormatError> {
+        let (levels, level) =
+            (Self::levels(compression), level.unwrap_or_else(|| Self::default_level(compression)));
+        let out_of_range = || FormatError::OutOfRange {
+            field: "compression level",
+            value: level.into(),
+            min: (*levels.start()).into(),
+            max: (*levels.end()).into(),
+        };
+        if !levels.contains(&level) {
+            return Err(out_of_range());
+        }
+        Ok(Self(match compression {
+            CompressionType::Deflate => Encoder::Deflate(Compress::new_with_window_bits(
+                Compression::new(level),
+                false,
+                DEFLATE_WINDOW,
+            )),
+            CompressionType::Zstd => {
+                let mut context = CCtx::create();
+                let level = i32::try_from(level).map_err(|_| out_of_range())?;
+                context.set_parameter(CParameter::CompressionLevel(level)).map_err(|_| out_of_range())?;
+                Encoder::Zstd(context)
+            }
+        }))
+    }
+
+    /// Compresses one whole cluster behind the end of `out`, and gives the number of bytes. `None`, and `out` as it was,
+    /// if they would not be fewer than the cluster has: then it is stored plainly.
+    pub fn append(&mut self, cluster: &[u8], out: &mut Vec<u8>) -> Option<usize> {
+        let (start, room) = (out.len(), cluster.len().saturating_sub(1));
+        out.resize(start + room, 0);
+        let packed = self.encode(cluster, out.get_mut(start..).expect("just made that long"));
+        out.truncate(start + packed.unwrap_or(0));
+        packed
+    }
+
+    /// Compresses one whole cluster; `None` as in [`append`](Self::append).
+    pub fn compress(&mut self, cluster: &[u8]) -> Option<Vec<u8>> {
+        let mut out = Vec::new();
+        self.append(cluster, &mut out).map(|_| out)
+    }
+
+    /// Bytes written to `out`, or `None` if they do not fit.
+    fn encode(&mut self, cluster: &[u8], out: &mut [u8]) -> Option<usize> {
+        match &mut self.0 {
+            Encoder::Deflate(stream) => {
+                stream.reset();
+                match stream.compress(cluster, out, FlushCompress::Finish) {
+                    Ok(Status::StreamEnd) => usize::try_from(stream.total_out()).ok(),
+                    Ok(_) | Err(_) => None,
+                }
+            }
+            // One frame, with the size of its content in its header.
+            Encoder::Zstd(context) => context.compress2(out, cluster).ok(),
+        }
+    }
+}
 
 /// Inflates one cluster into `out`, which it must fill. More output than that is ignored, as QEMU does; what follows
 /// the stream in `input` is another cluster's or nobody's.
@@ -50,6 +156,71 @@ mod tests {
         stream.compress(bytes, &mut out, flate2::FlushCompress::Finish).unwrap();
         out.truncate(usize::try_from(stream.total_out()).unwrap());
         out
+    }
+
+    #[test]
+    fn what_is_compressed_reads_back_and_does_not_depend_on_what_came_before() {
+        let mut state = 7u32;
+        let mut noise = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state.to_be_bytes()[0]
+        };
+        for bits in [9, 12, 16, 18] {
+            let len = 1usize << bits;
+            let clusters: [Vec<u8>; 4] = [
+                vec![0; len],
+                (0..len).map(|i| (i * 3 % 77).to_be_bytes()[7]).collect(),
+                (0..len).map(|i| if i % 5 < 2 { noise() } else { 7 }).collect(),
+                (0..len).map(|_| noise()).collect(),
+            ];
+            for compression in [CompressionType::Deflate, CompressionType::Zstd] {
+                let levels = Compressor::levels(compression);
+                for level in [None, Some(*levels.start()), Some(*levels.end())] {
+                    let name = format!("{compression:?} {level:?} {len}");
+                    let mut used = Compressor::new(compression, level).unwrap();
+                    for (n, cluster) in clusters.iter().enumerate() {
+                        let mut out = vec![1, 2, 3];
+                        let packed = used.append(cluster, &mut out);
+                        let fresh = Compressor::new(compression, level).unwrap().compress(cluster);
+                        let fits = n < 3;
+                        assert_eq!(packed.is_some(), fits, "{name} cluster {n}");
+                        assert_eq!(fresh.as_deref(), packed.map(|_| &out[3..]), "{name} cluster {n}");
+                        assert_eq!(out.len(), 3 + packed.unwrap_or(0), "{name} cluster {n}");
+                        if fits {
+                            let mut back = vec![0xaa; len];
+                            let whole = match compression {
+                                CompressionType::Deflate => inflate(&out[3..], &mut back),
+                                CompressionType::Zstd => unzstd(&out[3..], &mut back),
+                            };
+                            assert!(whole && back == *cluster, "{name} cluster {n}");
+                        }
+                    }
+                }
+                assert!(Compressor::new(compression, Some(levels.end() + 1)).is_err());
+                assert!(Compressor::new(compression, Some(0)).is_err());
+            }
+        }
+    }
+
+    /// A reader with a window of 4 KiB, fed a few bytes at a time so that it really uses it.
+    #[test]
+    fn deflate_keeps_to_a_small_window() {
+        let data: Vec<u8> = (0..65536u32).map(|i| ((i % 6007 * 31) >> 3).to_be_bytes()[3]).collect();
+        for level in Compressor::levels(CompressionType::Deflate) {
+            let packed =
+                Compressor::new(CompressionType::Deflate, Some(level)).unwrap().compress(&data).unwrap();
+            let mut stream = Decompress::new_with_window_bits(false, DEFLATE_WINDOW);
+            let mut back: Vec<u8> = Vec::new();
+            let mut rest = packed.as_slice();
+            while back.len() < data.len() {
+                let mut few = [0; 100];
+                let (read, wrote) = (stream.total_in(), stream.total_out());
+                stream.decompress(&rest[..rest.len().min(50)], &mut few, FlushDecompress::None).unwrap();
+                rest = &rest[usize::try_from(stream.total_in() - read).unwrap()..];
+                back.extend(&few[..usize::try_from(stream.total_out() - wrote).unwrap()]);
+            }
+            assert!(back == data, "level {level}");
+        }
     }
 
     #[test]
