@@ -115,7 +115,9 @@ impl Error {
             return Self::io(what, path, source);
         }
         let kind = match &source {
-            ImageError::Unsupported { .. } => ErrorKind::Unsupported,
+            ImageError::Unsupported { .. } | ImageError::DataFile { .. } => ErrorKind::Unsupported,
+            ImageError::NoSnapshot { .. } => ErrorKind::NotFound,
+            ImageError::NoDataFile | ImageError::AmbiguousSnapshot { .. } => ErrorKind::Usage,
             ImageError::Format { source: FormatError::UnknownFeature { .. }, .. } => ErrorKind::Unsupported,
             // A count that does not fit its width: nothing is damaged, the image is just made for fewer references.
             ImageError::Alloc(AllocError::Format(FormatError::OutOfRange { field: "refcount", .. })) => {
@@ -132,6 +134,14 @@ impl Error {
             error = error.caused(source);
         }
         error
+    }
+
+    /// Following the backing file of `path` leads back to `back`.
+    pub(crate) fn looping(path: &Path, back: &Path) -> Self {
+        let text = format!("the backing files form a loop: back at \"{}\"", back.display());
+        Self::new(ErrorKind::Failed, text)
+            .at(path)
+            .hint("give one of them its right backing file (qemu-img rebase -u)")
     }
 
     /// What a refused lock on the image at `path` means.

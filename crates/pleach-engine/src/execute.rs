@@ -239,7 +239,7 @@ pub(crate) fn nobody_reads(
     file: FileId,
     known: &[FileId],
 ) -> Result<()> {
-    let trust = Trust { allowed: Vec::new(), everything: true };
+    let trust = Trust { everything: true, ..Trust::default() };
     let now = Survey::of_directories(disk, directories, &trust)?;
     let Some(entry) = now.find_id(file).and_then(|i| now.files.get(i)) else { return Ok(()) };
     let readers = now.files.iter().map(|f| f.stat.id).chain(now.broken.iter().map(|b| b.id));
@@ -639,7 +639,7 @@ fn clone_step(
             && let Some(source) = chain.layers().get(layer)
         {
             let io = |source| ImageError::Io { what: "share guest data", source };
-            if target.copy_from(&**source.store(), host, to, piece.len).map_err(io)? {
+            if target.copy_from(&**source.data_store(), host, to, piece.len).map_err(io)? {
                 cloned += piece.len;
                 continue;
             }
@@ -816,7 +816,7 @@ pub(crate) fn second_name(name: &Path) -> PathBuf {
 pub(crate) fn drop_first_name(disk: &dyn Disk, directories: &[PathBuf], path: &Path) -> Result<()> {
     let real =
         |p: &Path| disk.canonical(&directory_of(p)).ok().map(|d| d.join(p.file_name().unwrap_or_default()));
-    let trust = Trust { allowed: Vec::new(), everything: true };
+    let trust = Trust { everything: true, ..Trust::default() };
     let now = Survey::of_directories(disk, directories, &trust)?;
     for file in &now.files {
         let Some(backing) = file.header.as_ref().and_then(|h| h.backing()) else { continue };

@@ -40,7 +40,9 @@ mod open;
 mod resume;
 mod scan;
 mod sizes;
+mod source;
 pub mod survey;
+mod trust;
 mod watch;
 
 pub use delete::{
@@ -53,4 +55,5 @@ pub use open::{OpenFiles, open_one};
 pub use resume::{Resumed, resume};
 pub use scan::{is_zero, layer_runs, zero_clusters};
 pub use sizes::{Sizes, sizes};
+pub use source::{Source, SourceOptions};
 pub use watch::Watch;

@@ -107,7 +107,7 @@ impl MergeIntent<'_> {
             return Err(not_the_same(&self.victim.path));
         };
         self.give_back_leaks(disk)?;
-        let trust = Trust { allowed: Vec::new(), everything: true };
+        let trust = Trust { everything: true, ..Trust::default() };
         let survey = Survey::of_directories(disk, self.directories, &trust)?;
         let victim = survey
             .find_id(victim_id)

@@ -9,16 +9,9 @@ use pleach_image::{Image, backing_path, escape, read_head};
 use pleach_lineage::Reads;
 use pleach_store::{Access, Disk, FileId, FileKind, Stat, Store};
 
+pub use crate::trust::Trust;
+use crate::trust::{Roots, named_format};
 use crate::{Error, ErrorKind, Result};
-
-/// What images may make us open.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Trust {
-    /// Directories, besides those that were named, whose files may be opened when an image names them.
-    pub allowed: Vec<PathBuf>,
-    /// Open whatever local file an image names.
-    pub everything: bool,
-}
 
 /// How the bytes of a file are to be read.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -134,8 +127,7 @@ pub struct Survey {
     pub directories: Vec<PathBuf>,
     aliases: Vec<(PathBuf, FileId)>,
     by_id: HashMap<FileId, usize>,
-    roots: Vec<PathBuf>,
-    everything: bool,
+    roots: Roots,
 }
 
 impl Survey {
@@ -144,11 +136,7 @@ impl Survey {
     /// # Errors
     /// A directory that cannot be read. Images that cannot be read are part of the result.
     pub fn of_directories(disk: &dyn Disk, directories: &[PathBuf], trust: &Trust) -> Result<Self> {
-        let mut survey = Self { everything: trust.everything, ..Self::default() };
-        for dir in directories.iter().chain(&trust.allowed) {
-            let root = disk.canonical(dir).map_err(|e| Error::io("find the directory", dir, e))?;
-            survey.roots.push(root);
-        }
+        let mut survey = Self { roots: Roots::of(disk, directories, trust)?, ..Self::default() };
         for dir in directories {
             survey.add_directory(disk, dir)?;
         }
@@ -192,14 +180,8 @@ impl Survey {
             match &f.backing {
                 Backing::None => break,
                 Backing::File(next) if chain.contains(next) => {
-                    let next =
-                        self.files.get(*next).map(|f| f.path.display().to_string()).unwrap_or_default();
-                    return Err(Error::new(
-                        ErrorKind::Failed,
-                        format!("the backing files form a loop: back at \"{next}\""),
-                    )
-                    .at(&f.path)
-                    .hint("give one of them its right backing file (qemu-img rebase -u)"));
+                    let back = self.files.get(*next).map(|f| f.path.clone()).unwrap_or_default();
+                    return Err(Error::looping(&f.path, &back));
                 }
                 Backing::File(next) => {
                     chain.push(*next);
@@ -370,11 +352,9 @@ impl Survey {
         if disk.is_symlink(&path) {
             self.aliases.push((path.clone(), stat.id));
         }
-        let format = match named.format.as_deref() {
-            Some(b"qcow2") => FileFormat::Qcow2,
-            Some(b"raw") => FileFormat::Raw,
-            Some(_) => return broken(Why::Format, Some(stat.id)),
-            None => return broken(Why::NoFormat, Some(stat.id)),
+        let format = match named_format(&named) {
+            Ok(format) => format,
+            Err(why) => return broken(why, Some(stat.id)),
         };
         if let Some(&known) = self.by_id.get(&stat.id) {
             return match self.files.get(known) {
@@ -384,7 +364,7 @@ impl Survey {
                 _ => Backing::File(known),
             };
         }
-        if !self.allowed(disk, &path) {
+        if !self.roots.allow(disk, &path) {
             return broken(Why::Outside, Some(stat.id));
         }
         let opened =
@@ -406,12 +386,6 @@ impl Survey {
             (Some(dir), Some(name)) => dir.join(name),
             _ => real,
         }
-    }
-
-    /// Whether a file that an image names may be opened: it lies, behind all links, under a directory that was named.
-    fn allowed(&self, disk: &dyn Disk, path: &Path) -> bool {
-        self.everything
-            || disk.canonical(path).is_ok_and(|real| self.roots.iter().any(|root| real.starts_with(root)))
     }
 
     /// Names of images from where their backing file names mean other files.

@@ -4,7 +4,7 @@ use core::ops::Range;
 
 use smallvec::SmallVec;
 
-use crate::{FormatError, Geometry, HostOffset, Version};
+use crate::{FormatError, Geometry, GuestOffset, HostOffset, Version};
 
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
@@ -151,6 +151,23 @@ impl L2Entry {
         })
     }
 
+    /// What a standard entry says in an image with an external data file, where the cluster of `guest` lies at that very
+    /// offset of the data file, and offset 0 is a place like any other if the COPIED flag is set.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode); a compressed entry, or an offset other than the cluster's own.
+    pub fn decode_external(self, geometry: Geometry, guest: GuestOffset) -> Result<Mapping, FormatError> {
+        let bad = |rule| Err(FormatError::Invalid { field: "L2 entry", value: self.0, rule });
+        let own = "with an external data file, the host offset must equal the guest offset";
+        match self.decode(geometry, Version::V3)? {
+            Mapping::Compressed(_) => bad("with an external data file, there are no compressed clusters"),
+            Mapping::Unallocated if self.copied() && guest.0 == 0 => Ok(Mapping::Data(HostOffset(0))),
+            Mapping::Unallocated if self.copied() => bad(own),
+            Mapping::Data(at) | Mapping::ZeroAllocated(at) if at.0 != guest.0 => bad(own),
+            mapping => Ok(mapping),
+        }
+    }
+
     fn extent(self, geometry: Geometry) -> Result<CompressedExtent, FormatError> {
         if self.copied() {
             return Err(FormatError::Invalid {
@@ -239,7 +256,23 @@ impl ExtendedL2Entry {
     /// As [`L2Entry::decode`]; and a subcluster that is both data and zero, data without a host cluster, or a
     /// compressed entry with a bitmap: each makes the whole entry invalid.
     pub fn decode(self, geometry: Geometry) -> Result<SmallVec<[SubRun; 4]>, FormatError> {
-        let mapping = self.descriptor.decode(geometry, Version::V3)?;
+        self.split(geometry, self.descriptor.decode(geometry, Version::V3)?)
+    }
+
+    /// The same in an image with an external data file, for the cluster of `guest`.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode) and [`L2Entry::decode_external`].
+    pub fn decode_external(
+        self,
+        geometry: Geometry,
+        guest: GuestOffset,
+    ) -> Result<SmallVec<[SubRun; 4]>, FormatError> {
+        self.split(geometry, self.descriptor.decode_external(geometry, guest)?)
+    }
+
+    /// The subclusters of a cluster whose descriptor says `mapping`.
+    fn split(self, geometry: Geometry, mapping: Mapping) -> Result<SmallVec<[SubRun; 4]>, FormatError> {
         let bad = |rule| FormatError::Invalid { field: "subcluster bitmap", value: self.subclusters, rule };
         let mut runs: SmallVec<[SubRun; 4]> = SmallVec::new();
         let offset = match mapping {
@@ -443,6 +476,30 @@ mod tests {
             let found: std::vec::Vec<_> = runs.iter().map(|r| (r.count, r.mapping)).collect();
             assert_eq!(found, want, "{name}");
         }
+    }
+
+    #[test]
+    fn entries_of_an_image_with_a_data_file() {
+        let standard = Geometry::new(16, false).unwrap();
+        let cases = [
+            ("data at 0", 0, COPIED, Some(Mapping::Data(HostOffset(0)))),
+            ("0 elsewhere", 0x10000, COPIED, None),
+            ("not copied", 0, 0, Some(Mapping::Unallocated)),
+            ("own place", 0x50000, COPIED | 0x50000, Some(Mapping::Data(HostOffset(0x50000)))),
+            ("another place", 0x50000, COPIED | 0x60000, None),
+            ("zeros at another place", 0x50000, COPIED | 0x60001, None),
+            ("zero", 0x50000, ZERO, Some(Mapping::Zero)),
+            ("zero at 0", 0, COPIED | ZERO, Some(Mapping::Zero)),
+            ("compressed", 0x50000, COMPRESSED | 0x50000, None),
+        ];
+        for (name, guest, raw, want) in cases {
+            assert_eq!(L2Entry(raw).decode_external(standard, GuestOffset(guest)).ok(), want, "{name}");
+        }
+        let extended = Geometry::new(16, true).unwrap();
+        let entry = ExtendedL2Entry { descriptor: L2Entry(COPIED), subclusters: 1 };
+        let runs = entry.decode_external(extended, GuestOffset(0)).unwrap();
+        assert_eq!(runs.first().map(|r| r.mapping), Some(Mapping::Data(HostOffset(0))));
+        assert!(entry.decode(extended).is_err(), "offset 0 is no place in the image itself");
     }
 
     #[test]

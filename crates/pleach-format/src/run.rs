@@ -7,7 +7,7 @@ use crate::{CompressedExtent, GuestOffset, HostOffset, Mapping};
 /// What a layer says about a stretch of guest bytes. Where it says nothing there is no run.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum RunKind {
-    /// Data, contiguous in the file from this host offset.
+    /// Data, contiguous from this host offset in the layer's file, or in its external data file.
     Data(HostOffset),
     /// Compressed data: one cluster, not contiguous with anything.
     Compressed(CompressedExtent),

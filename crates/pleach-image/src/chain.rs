@@ -63,6 +63,14 @@ impl Layer {
         }
     }
 
+    /// The file that its guest data is read from: the image itself, or its external data file.
+    pub fn data_store(&self) -> &Arc<dyn Store> {
+        match self {
+            Self::Qcow2(image) => image.data_store(),
+            Self::Raw(raw) => &raw.store,
+        }
+    }
+
     /// The qcow2 image, if it is one.
     pub fn image(&self) -> Option<&Image> {
         match self {
@@ -75,7 +83,7 @@ impl Layer {
 /// Where a stretch of guest bytes comes from.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum PieceKind {
-    /// Plain bytes in the file of layer number `layer`, from `host`.
+    /// Plain bytes in the data file ([`Layer::data_store`]) of layer number `layer`, from `host`.
     Data {
         /// Index into [`Chain::layers`].
         layer: usize,
@@ -130,6 +138,11 @@ impl Chain {
         }
     }
 
+    /// The layers' paths, top first; empty if they were not said.
+    pub fn paths(&self) -> &[PathBuf] {
+        &self.paths
+    }
+
     /// The layers, top first.
     pub fn layers(&self) -> &[Arc<Layer>] {
         &self.layers
@@ -180,7 +193,7 @@ impl Chain {
                     Ok(())
                 }
                 Mapping::Data(host) => {
-                    image.store().read_at(host.0, part).map_err(ImageError::io("read guest data"))
+                    image.data_store().read_at(host.0, part).map_err(ImageError::io("read guest data"))
                 }
                 Mapping::Compressed(extent) => {
                     let g = image.geometry();

@@ -46,6 +46,29 @@ pub enum ImageError {
         /// QEMU's name of the feature.
         feature: &'static str,
     },
+    /// Guest data is in an external data file that was not given.
+    #[error("guest data is in {}, which was not opened", data_file(.name))]
+    DataFile {
+        /// The name in the header, escaped, if there is one.
+        name: Option<String>,
+    },
+    /// A data file was given for an image that has its data in itself.
+    #[error("a data file was given, but the image has no external data file")]
+    NoDataFile,
+    /// No internal snapshot has that id or name.
+    #[error("no internal snapshot has the id or the name \"{name}\"")]
+    NoSnapshot {
+        /// What was asked for, escaped.
+        name: String,
+    },
+    /// More than one internal snapshot is meant.
+    #[error("{} internal snapshots are called \"{name}\", with the ids {}; give an id that only one has", .ids.len(), .ids.join(", "))]
+    AmbiguousSnapshot {
+        /// What was asked for, escaped.
+        name: String,
+        /// The ids of those that are meant, escaped.
+        ids: Vec<String>,
+    },
     /// A compressed cluster does not decompress to one cluster.
     #[error("the compressed cluster for guest offset {guest:#x} at {offset:#x} is damaged")]
     Compressed {
@@ -102,6 +125,11 @@ pub enum ImageError {
 
 fn at(offset: &Option<u64>) -> String {
     offset.map_or_else(String::new, |o| format!(" at {o:#x}"))
+}
+
+fn data_file(name: &Option<String>) -> String {
+    name.as_ref()
+        .map_or_else(|| "an external data file".to_owned(), |n| format!("the external data file \"{n}\""))
 }
 
 impl ImageError {

@@ -14,6 +14,8 @@ use crate::{ImageError, codec};
 
 /// Enough for nearly every header with its extensions and names.
 const HEAD: usize = 4096;
+/// Most L1 entries that are read for an internal snapshot: 32 MiB, as of the active state.
+const MAX_L1_ENTRIES: u32 = 4 << 20;
 /// Bytes of L2 tables kept for random reads.
 const CACHE_BYTES: usize = 16 << 20;
 
@@ -59,8 +61,13 @@ pub fn read_head(store: &dyn Store) -> Result<Head, ImageError> {
 #[derive(Debug)]
 pub struct Image {
     store: Arc<dyn Store>,
+    data: Option<Arc<dyn Store>>,
     head: Head,
     l1: Vec<L1Entry>,
+    /// Virtual size in bytes: the header's, or an internal snapshot's.
+    size: u64,
+    /// The internal snapshot that is read in place of the active state.
+    snapshot: Option<SnapshotRecord>,
     file_len: u64,
     window: OnceLock<Window>,
     cache: Mutex<HashMap<u64, Arc<[u8]>>>,
@@ -76,7 +83,73 @@ impl Image {
         let header = &head.header;
         let l1 = read_l1(&*store, header.geometry(), header.l1_table_offset(), header.l1_size())?;
         let file_len = store.len().map_err(ImageError::io("find the file's length"))?;
-        Ok(Self { store, head, l1, file_len, window: OnceLock::new(), cache: Mutex::default() })
+        let size = header.size();
+        Ok(Self {
+            store,
+            data: None,
+            head,
+            l1,
+            size,
+            snapshot: None,
+            file_len,
+            window: OnceLock::new(),
+            cache: Mutex::default(),
+        })
+    }
+
+    /// The same image with its external data file, where all guest data is. A data file that is too short reads as
+    /// zeros behind its end.
+    ///
+    /// # Errors
+    /// [`ImageError::NoDataFile`] if the image has none.
+    pub fn with_data_file(self, data: Arc<dyn Store>) -> Result<Self, ImageError> {
+        if !self.external_data() {
+            return Err(ImageError::NoDataFile);
+        }
+        Ok(Self { data: Some(data), ..self })
+    }
+
+    /// The state that an internal snapshot keeps, as an image of the size that its disk had; its backing file is the
+    /// image's. `wanted` is an id or, if no snapshot has that id, a name.
+    ///
+    /// QEMU reads snapshots at the size of the active disk: it cuts off what the disk lost since, or adds zeros.
+    ///
+    /// # Errors
+    /// [`ImageError::NoSnapshot`] and [`ImageError::AmbiguousSnapshot`]; a snapshot table or L1 table that breaks the
+    /// format; [`ImageError::Unsupported`] for an image with an external data file, which has one state only.
+    pub fn at_snapshot(&self, wanted: &[u8]) -> Result<Self, ImageError> {
+        if self.external_data() {
+            let feature = "reading an internal snapshot of an image with an external data file";
+            return Err(ImageError::Unsupported { feature });
+        }
+        let snapshot = find_snapshot(self.snapshots()?, wanted)?;
+        let (l1, size) = self.snapshot_l1(&snapshot)?;
+        Ok(Self {
+            store: Arc::clone(&self.store),
+            data: None,
+            head: self.head.clone(),
+            l1,
+            size,
+            snapshot: Some(snapshot),
+            file_len: self.file_len,
+            window: OnceLock::new(),
+            cache: Mutex::default(),
+        })
+    }
+
+    /// The file that guest data is read from: the external data file, if that was given, or the image itself.
+    pub fn data_store(&self) -> &Arc<dyn Store> {
+        self.data.as_ref().unwrap_or(&self.store)
+    }
+
+    /// Whether guest data lies in an external data file.
+    pub fn external_data(&self) -> bool {
+        self.header().incompatible().has(Incompatible::DATA_FILE)
+    }
+
+    /// The internal snapshot that this is the state of, if it is not the active state.
+    pub fn snapshot(&self) -> Option<&SnapshotRecord> {
+        self.snapshot.as_ref()
     }
 
     /// The file.
@@ -106,10 +179,10 @@ impl Image {
 
     /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
-        self.head.header.size()
+        self.size
     }
 
-    /// The active L1 table.
+    /// The L1 table: the active one, or that of the snapshot that is read.
     pub fn l1(&self) -> &[L1Entry] {
         &self.l1
     }
@@ -117,10 +190,11 @@ impl Image {
     /// Refuses what keeps guest data from being read.
     ///
     /// # Errors
-    /// [`ImageError::Unsupported`] for external data files and encryption.
+    /// [`ImageError::DataFile`] if guest data is in a data file that was not given; [`ImageError::Unsupported`] for
+    /// encryption.
     pub fn check_readable(&self) -> Result<(), ImageError> {
-        if self.header().incompatible().has(Incompatible::DATA_FILE) {
-            return Err(ImageError::Unsupported { feature: "an external data file" });
+        if self.external_data() && self.data.is_none() {
+            return Err(ImageError::DataFile { name: self.header().data_file().map(crate::escape) });
         }
         match self.header().encryption() {
             None => Ok(()),
@@ -136,9 +210,18 @@ impl Image {
     /// Refuses what keeps the image from being written.
     ///
     /// # Errors
-    /// As [`check_readable`](Self::check_readable); extended L2 entries; an image that is marked dirty or corrupt.
+    /// As [`check_readable`](Self::check_readable); an external data file; an internal snapshot's state; extended L2
+    /// entries; an image that is marked dirty or corrupt.
     pub fn check_writable(&self) -> Result<(), ImageError> {
         self.check_readable()?;
+        if self.external_data() {
+            return Err(ImageError::Unsupported {
+                feature: "writing to an image with an external data file",
+            });
+        }
+        if self.snapshot.is_some() {
+            return Err(ImageError::Unsupported { feature: "writing to an internal snapshot" });
+        }
         let incompatible = self.header().incompatible();
         for (bit, mark) in [(Incompatible::DIRTY, "dirty"), (Incompatible::CORRUPT, "corrupt")] {
             if incompatible.has(bit) {
@@ -228,15 +311,22 @@ impl Image {
     ) -> Result<(), ImageError> {
         let g = self.geometry();
         let bad = ImageError::format("L2 entry", None);
+        let at = GuestOffset(guest);
         if g.extended_l2() {
-            for run in entry.decode(g).map_err(bad)? {
+            let runs = if self.external_data() { entry.decode_external(g, at) } else { entry.decode(g) };
+            for run in runs.map_err(bad)? {
                 let len = u64::from(run.count) * g.subcluster_size();
                 let len = if matches!(run.mapping, Mapping::Compressed(_)) { g.cluster_size() } else { len };
                 self.check_mapping(run.mapping, guest)?;
                 each(guest + u64::from(run.first) * g.subcluster_size(), len, run.mapping);
             }
         } else {
-            let mapping = entry.descriptor.decode(g, self.header().version()).map_err(bad)?;
+            let mapping = if self.external_data() {
+                entry.descriptor.decode_external(g, at)
+            } else {
+                entry.descriptor.decode(g, self.header().version())
+            };
+            let mapping = mapping.map_err(bad)?;
             self.check_mapping(mapping, guest)?;
             each(guest, g.cluster_size(), mapping);
         }
@@ -246,6 +336,8 @@ impl Image {
     fn check_mapping(&self, mapping: Mapping, guest: u64) -> Result<(), ImageError> {
         let g = self.geometry();
         match mapping {
+            // The data file may end anywhere: the rest of it is zeros.
+            Mapping::Data(_) | Mapping::ZeroAllocated(_) if self.external_data() => Ok(()),
             Mapping::Data(offset) | Mapping::ZeroAllocated(offset) => {
                 let start = offset.0 & !(g.cluster_size() - 1);
                 check_inside("data cluster", start, g.cluster_size(), self.file_len, g)
@@ -261,13 +353,14 @@ impl Image {
     /// of one kind joined where the file is contiguous. Both lie inside the virtual size.
     ///
     /// # Errors
-    /// As [`runs`](Self::runs), and what `each` says.
+    /// As [`check_readable`](Self::check_readable) and [`runs`](Self::runs), and what `each` says.
     pub(crate) fn pieces(
         &self,
         offset: u64,
         len: u64,
         each: &mut dyn FnMut(u64, u64, Mapping) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
+        self.check_readable()?;
         let g = self.geometry();
         let mut open: Option<(u64, u64, Mapping)> = None;
         let (mut at, end) = (offset, offset + len);
@@ -381,13 +474,18 @@ impl Image {
     /// # Errors
     /// A table outside the file, or one that is too short for the disk.
     pub fn snapshot_l1(&self, snapshot: &SnapshotRecord) -> Result<(Vec<L1Entry>, u64), ImageError> {
-        let (g, size) = (self.geometry(), snapshot.disk_size.unwrap_or(self.size()) & !511);
+        let (g, size) = (self.geometry(), snapshot.disk_size.unwrap_or(self.header().size()) & !511);
         let at = HostOffset(snapshot.l1_table_offset);
+        if snapshot.l1_size > MAX_L1_ENTRIES {
+            let (value, max) = (snapshot.l1_size.into(), MAX_L1_ENTRIES.into());
+            let source = FormatError::OutOfRange { field: "snapshot l1_size", value, min: 0, max };
+            return Err(ImageError::Format { structure: "snapshot table entry", offset: None, source });
+        }
         let l1 = read_l1(&*self.store, g, at, snapshot.l1_size)?;
         if (l1.len() as u64) < g.required_l1(size) {
             let (value, min) = (l1.len() as u64, g.required_l1(size));
             let source =
-                FormatError::OutOfRange { field: "snapshot l1_size", value, min, max: u32::MAX.into() };
+                FormatError::OutOfRange { field: "snapshot l1_size", value, min, max: MAX_L1_ENTRIES.into() };
             return Err(ImageError::Format { structure: "snapshot table entry", offset: None, source });
         }
         Ok((l1, size))
@@ -407,6 +505,23 @@ impl Image {
         self.store.read_at(offset, &mut directory).map_err(ImageError::io("read the bitmap directory"))?;
         BitmapRecord::parse_directory(&directory, extension.count)
             .map_err(ImageError::format("bitmap directory", Some(offset)))
+    }
+}
+
+/// The snapshot with the id `wanted` or, if there is none, with that name.
+fn find_snapshot(snapshots: Vec<SnapshotRecord>, wanted: &[u8]) -> Result<SnapshotRecord, ImageError> {
+    let by_id = snapshots.iter().any(|s| s.id == wanted);
+    let mut found: Vec<SnapshotRecord> =
+        snapshots.into_iter().filter(|s| if by_id { s.id == wanted } else { s.name == wanted }).collect();
+    let name = crate::escape(wanted);
+    match (found.pop(), found.len()) {
+        (Some(one), 0) => Ok(one),
+        (None, _) => Err(ImageError::NoSnapshot { name }),
+        (Some(last), _) => {
+            found.push(last);
+            let ids = found.iter().map(|s| crate::escape(&s.id)).collect();
+            Err(ImageError::AmbiguousSnapshot { name, ids })
+        }
     }
 }
 

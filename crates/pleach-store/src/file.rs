@@ -11,7 +11,7 @@ use nix::fcntl::{FallocateFlags, copy_file_range, fallocate};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
-use crate::disk::Stat;
+use crate::disk::{FileKind, Stat};
 use crate::{LockError, Role, Store, Window, lock};
 
 /// An open file.
@@ -40,7 +40,12 @@ impl FileStore {
 
 impl Store for FileStore {
     fn len(&self) -> io::Result<u64> {
-        Ok(self.file.metadata()?.len())
+        let meta = self.file.metadata()?;
+        if Stat::of(&meta).kind == FileKind::BlockDevice {
+            // Its metadata say 0.
+            return Ok(u64::try_from(lseek(self.file.as_fd(), 0, Whence::SeekEnd)?).unwrap_or(0));
+        }
+        Ok(meta.len())
     }
 
     fn read_at(&self, mut offset: u64, mut buf: &mut [u8]) -> io::Result<()> {

@@ -45,7 +45,7 @@ pub(crate) struct TrustArgs {
 
 impl TrustArgs {
     pub(crate) fn trust(&self) -> Trust {
-        Trust { allowed: self.allowed.clone(), everything: self.trust }
+        Trust { allowed: self.allowed.clone(), everything: self.trust, ..Trust::default() }
     }
 }
 
