@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pleach_format::{
     BitmapRecord, CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset,
-    Header, HostOffset, Incompatible, L1Entry, L2Entry, Mapping, RunList, SnapshotRecord,
+    Header, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList, SnapshotRecord,
 };
 use pleach_store::{Store, Window};
 use smallvec::SmallVec;
@@ -489,6 +489,20 @@ impl Image {
             return Err(ImageError::Format { structure: "snapshot table entry", offset: None, source });
         }
         Ok((l1, size))
+    }
+
+    /// The header of the encryption, without what needs a key; `None` unless the image is encrypted with LUKS.
+    ///
+    /// # Errors
+    /// A header that is missing, breaks the format or lies outside the file.
+    pub fn luks_header(&self) -> Result<Option<LuksHeader>, ImageError> {
+        let bad = ImageError::format("header", None);
+        let Some(pointer) = self.header().encryption_header().map_err(bad)? else { return Ok(None) };
+        let len = self.store.len().map_err(ImageError::io("find the file's length"))?;
+        check_inside("LUKS header", pointer.offset.0, pointer.length, len, self.geometry())?;
+        let mut bytes = [0; LuksHeader::BYTES];
+        self.store.read_at(pointer.offset.0, &mut bytes).map_err(ImageError::io("read the LUKS header"))?;
+        LuksHeader::parse(&bytes).map(Some).map_err(ImageError::format("LUKS header", Some(pointer.offset.0)))
     }
 
     /// The persistent bitmaps; none if the extension is not consistent (autoclear bit 0).

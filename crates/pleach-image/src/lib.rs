@@ -47,7 +47,7 @@ pub use create::{CreateOptions, create};
 pub use error::ImageError;
 pub use image::{Head, Image, read_head};
 pub use names::{NameError, backing_path, escape};
-pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing};
+pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing, set_bitmaps};
 pub use states::StatesEditor;
 pub use tables::TableEditor;
 pub use walk::Finding;
