@@ -38,6 +38,7 @@ mod publish;
 mod states;
 mod tables;
 mod walk;
+mod write;
 
 pub use census::{census, leaked};
 pub use chain::{Chain, Layer, Piece, PieceKind, RawImage};
@@ -51,3 +52,4 @@ pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing
 pub use states::StatesEditor;
 pub use tables::TableEditor;
 pub use walk::Finding;
+pub use write::{Bits, WriteOptions, Writer};

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use pleach_alloc::{Census, Place, RefcountTable};
 use pleach_format::{
-    ExtensionKind, FormatError, Geometry, HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, Mapping,
-    Version,
+    ExtendedL2Entry, ExtensionKind, FormatError, Geometry, HostCluster, HostOffset, Incompatible, L1Entry,
+    L2Entry, Mapping, Version,
 };
 
 use crate::image::{check_inside, read_l1};
@@ -345,6 +345,14 @@ impl Walk<'_> {
     }
 }
 
+/// In a data file, offset 0 is a place too: for judging the bitmap alone, `entry` with another one in its stead.
+fn in_some_file(entry: ExtendedL2Entry, elsewhere: bool, g: Geometry) -> ExtendedL2Entry {
+    match elsewhere && entry.descriptor.copied() {
+        true => ExtendedL2Entry { descriptor: L2Entry::owned(HostOffset(g.cluster_size())), ..entry },
+        false => entry,
+    }
+}
+
 /// What one L2 entry refers to in the file, and what is wrong with it although it can be followed.
 pub(crate) struct Target {
     pub(crate) offset: u64,
@@ -374,7 +382,7 @@ pub(crate) fn entries(image: &Image, at: u64) -> Result<Entries, ImageError> {
         }
         if complaint.is_none()
             && g.extended_l2()
-            && let Err(error) = entry.decode(g)
+            && let Err(error) = in_some_file(entry, elsewhere, g).decode(g)
         {
             complaint = Some(("l2-subclusters", format!("{error}; the guest cannot read this cluster")));
         }
