@@ -148,6 +148,16 @@ pub(crate) struct CreateArgs {
     /// Format of the backing file; found out by looking if left out
     #[arg(short = 'F', long, value_parser = ["qcow2", "raw"], requires = "backing")]
     pub(crate) backing_format: Option<String>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What a new qcow2 image is like, whatever is written into it.
+#[derive(Debug, Args)]
+pub(crate) struct LayoutArgs {
     /// Cluster size, 512 to 2M
     #[arg(long, default_value = "64k", value_name = "SIZE")]
     pub(crate) cluster_size: String,
@@ -157,9 +167,25 @@ pub(crate) struct CreateArgs {
     /// Format version
     #[arg(long, default_value = "v3", value_parser = ["v3", "v2", "1.1", "0.10"])]
     pub(crate) compat: String,
-    /// Print one JSON document
+    /// How compressed clusters are compressed; zlib is deflate
+    #[arg(long, default_value = "zlib", value_parser = ["zlib", "zstd"])]
+    pub(crate) compression: String,
+    /// L2 entries that allocate 32nds of a cluster
     #[arg(long)]
-    pub(crate) json: bool,
+    pub(crate) extended_l2: bool,
+    /// Let writers postpone refcounts; after a crash they are rebuilt
+    #[arg(long)]
+    pub(crate) lazy_refcounts: bool,
+    /// Put the guest's data into this file, which must not be there yet; relative names are relative to the new image's
+    /// directory
+    #[arg(long, value_name = "PATH")]
+    pub(crate) data_file: Option<PathBuf>,
+    /// Keep the data file a raw image of the disk
+    #[arg(long, requires = "data_file")]
+    pub(crate) data_file_raw: bool,
+    /// What is there before anything is written: nothing, the tables, space for the data too, or zeros
+    #[arg(long, default_value = "off", value_parser = ["off", "metadata", "falloc", "full"])]
+    pub(crate) preallocation: String,
 }
 
 #[derive(Debug, Args)]
