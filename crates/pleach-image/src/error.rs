@@ -120,6 +120,12 @@ pub enum ImageError {
         /// Virtual size.
         size: u64,
     },
+    /// The image has no bitmap of that name.
+    #[error("there is no bitmap \"{name}\"")]
+    NoBitmap {
+        /// What was asked for, escaped.
+        name: String,
+    },
     /// Something that this image cannot do, or that would lose something.
     #[error("{what}")]
     Refused {

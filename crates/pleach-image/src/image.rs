@@ -214,13 +214,11 @@ impl Image {
         }
     }
 
-    /// Refuses what keeps the image from being written.
+    /// Refuses what keeps the image's tables from being written.
     ///
     /// # Errors
-    /// As [`check_readable`](Self::check_readable); an internal snapshot's state; an image that is marked dirty or
-    /// corrupt.
+    /// An internal snapshot's state; an image that is marked dirty or corrupt.
     pub fn check_writable(&self) -> Result<(), ImageError> {
-        self.check_readable()?;
         if self.snapshot.is_some() {
             return Err(ImageError::Unsupported { feature: "writing to an internal snapshot" });
         }
@@ -236,7 +234,8 @@ impl Image {
     /// Refuses what keeps other images' data from being merged into this one.
     ///
     /// # Errors
-    /// As [`check_writable`](Self::check_writable); an external data file; extended L2 entries.
+    /// As [`check_writable`](Self::check_writable) and [`check_readable`](Self::check_readable); an external data file;
+    /// extended L2 entries.
     pub fn check_mergeable(&self) -> Result<(), ImageError> {
         if self.external_data() {
             return Err(ImageError::Unsupported {

@@ -84,12 +84,31 @@ impl<I: Borrow<Image>> TableEditor<I> {
         if beyond.is_empty() {
             return Ok(());
         }
-        if let Some(table) = self.tables.get_mut(&last).filter(|t| !t.new) {
+        self.move_table(allocator, last)?;
+        beyond.into_iter().try_for_each(|c| self.set_entry(allocator, c, ExtendedL2Entry::default()))
+    }
+
+    /// Moves the L1 table, and the L2 table of its last slot, to the first free clusters.
+    ///
+    /// # Errors
+    /// A damaged table, or an image that cannot grow.
+    pub(crate) fn move_roots(&mut self, allocator: &mut Allocator) -> Result<(), ImageError> {
+        self.move_l1 = true;
+        let Some(last) = self.l1.len().checked_sub(1) else { return Ok(()) };
+        // Loads the table, if there is one.
+        self.entry(GuestCluster(last as u64 * self.image().geometry().l2_entries()))?;
+        self.move_table(allocator, last)
+    }
+
+    /// Gives the L2 table of L1 slot `index`, which is loaded, another place.
+    fn move_table(&mut self, allocator: &mut Allocator, index: usize) -> Result<(), ImageError> {
+        let g = self.image().geometry();
+        if let Some(table) = self.tables.get_mut(&index).filter(|t| !t.new) {
             let old = std::mem::replace(&mut table.offset, g.host_offset(allocator.allocate()?));
             (table.new, table.changed) = (true, None);
             self.drops.push(g.host_cluster(old));
         }
-        beyond.into_iter().try_for_each(|c| self.set_entry(allocator, c, ExtendedL2Entry::default()))
+        Ok(())
     }
 
     /// What the entry of `cluster` says now. With extended L2 entries: what its first half says.

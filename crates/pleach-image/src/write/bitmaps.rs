@@ -14,7 +14,7 @@ use pleach_store::Store;
 
 use super::{State, Writer};
 use crate::publish::set_bitmaps;
-use crate::{Image, ImageError, Switch, escape, publish};
+use crate::{Image, ImageError, Switch, clear_unknown_autoclear, escape, publish};
 
 /// Most bytes of one bitmap that QEMU loads.
 const MAX_BYTES: u64 = 512 << 20;
@@ -313,7 +313,7 @@ impl Writer {
     /// Removes a bitmap, also an inconsistent one.
     ///
     /// # Errors
-    /// [`ImageError::Refused`] if there is none of that name.
+    /// [`ImageError::NoBitmap`].
     pub fn remove_bitmap(&self, name: &[u8]) -> Result<(), ImageError> {
         self.edit_bitmaps(|_, records| {
             find(records, name)?;
@@ -325,7 +325,7 @@ impl Writer {
     /// Lets a bitmap record writes, or stop recording them.
     ///
     /// # Errors
-    /// [`ImageError::Refused`] if there is none of that name, or it is inconsistent.
+    /// [`ImageError::NoBitmap`]; [`ImageError::Refused`] if it is inconsistent.
     pub fn enable_bitmap(&self, name: &[u8], enabled: bool) -> Result<(), ImageError> {
         self.edit_bitmaps(|state, records| {
             let record = find(records, name)?;
@@ -391,22 +391,23 @@ impl Writer {
         edit: impl FnOnce(&mut State, &mut Vec<BitmapRecord>) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
         let mut state = self.write();
-        state.begin()?;
-        state.guard(|state| {
-            state.publish()?;
-            state.write_bitmaps_back()
-        })?;
+        if state.begun {
+            state.guard(|state| {
+                state.publish()?;
+                state.write_bitmaps_back()
+            })?;
+        }
         let mut records = state.image.bitmaps()?;
         edit(&mut state, &mut records)?;
-        state.guard(|state| state.switch_directory(&records))
+        state.guard(|state| {
+            clear_unknown_autoclear(&*state.store)?;
+            state.switch_directory(&records)
+        })
     }
 }
 
 fn find<'a>(records: &'a mut [BitmapRecord], name: &[u8]) -> Result<&'a mut BitmapRecord, ImageError> {
-    records
-        .iter_mut()
-        .find(|r| r.name == name)
-        .ok_or_else(|| ImageError::Refused { what: format!("there is no bitmap \"{}\"", escape(name)) })
+    records.iter_mut().find(|r| r.name == name).ok_or_else(|| ImageError::NoBitmap { name: escape(name) })
 }
 
 impl State {

@@ -68,7 +68,8 @@ struct State {
 
 impl Writer {
     /// Opens the image in `store`, which the caller has locked for writing. Everything that it refers to is counted
-    /// first, so that nothing in use can be overwritten: an image that needs repair is refused.
+    /// first, so that nothing in use can be overwritten: an image that needs repair is refused. Without its data file,
+    /// or encrypted, an image opens all the same: its bitmaps can be changed, its guest data not.
     ///
     /// # Errors
     /// As [`Image::check_writable`]; [`ImageError::Refcount`] and [`ImageError::Damaged`] for images that need repair;
@@ -194,6 +195,7 @@ impl Writer {
         if length == 0 {
             return Ok(());
         }
+        state.image.check_readable()?;
         state.begin()?;
         state.bitmaps.mark(offset, length);
         act(&mut state)?;
@@ -222,6 +224,7 @@ impl Drop for Writer {
 impl State {
     /// Fills `buf` with the guest bytes from `offset`, changes included.
     fn content(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
+        self.image.check_readable()?;
         let inside = self.image.size().saturating_sub(offset).min(buf.len() as u64);
         let (buf, behind) = buf.split_at_mut(usize::try_from(inside).unwrap_or(0));
         behind.fill(0);

@@ -44,6 +44,7 @@ impl Writer {
 
 impl State {
     fn may_resize(&self, size: u64) -> Result<(), ImageError> {
+        self.image.check_readable()?;
         let refuse = |what: String| Err(ImageError::Refused { what });
         let (g, header) = (self.shape.geometry, self.image.header());
         if size == 0 || !size.is_multiple_of(512) {
@@ -120,6 +121,9 @@ impl State {
         self.publish_with(Some(size))?;
         self.clear_tail(size)?;
         self.publish()?;
+        // The copies had to lie behind everything; now there is room further down, and the file can be cut before them.
+        self.editor.move_roots(&mut self.allocator)?;
+        self.publish_with(None)?;
         if let Some(data) = &self.data {
             data.set_len(size).map_err(ImageError::io("cut the data file"))?;
         }
