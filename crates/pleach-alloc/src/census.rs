@@ -65,6 +65,26 @@ impl Census {
         }
     }
 
+    /// Forgets one reference to a cluster.
+    pub fn forget(&mut self, cluster: HostCluster) {
+        let slot = usize::try_from(cluster.0 % PAGE).ok();
+        let page = self.pages.get_mut(&(cluster.0 / PAGE));
+        if let Some(count) = page.zip(slot).and_then(|(page, slot)| page.get_mut(slot)) {
+            *count = count.saturating_sub(1);
+        }
+    }
+
+    /// Calls `each` with every cluster that was met and its references, in order.
+    pub fn for_each(&self, mut each: impl FnMut(HostCluster, u64)) {
+        for (&page, counts) in &self.pages {
+            for (slot, &references) in (0..).zip(counts) {
+                if references > 0 {
+                    each(HostCluster(page * PAGE + slot), references.into());
+                }
+            }
+        }
+    }
+
     /// References met to `cluster`.
     pub fn count(&self, cluster: HostCluster) -> u64 {
         let page = self.pages.get(&(cluster.0 / PAGE));

@@ -95,6 +95,14 @@ impl RefcountTable {
         Ok(Self { place, entries, window })
     }
 
+    /// A table without blocks: every count is 0.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn empty(store: &dyn Store, place: Place) -> Result<Self, AllocError> {
+        Ok(Self { place, entries: Vec::new(), window: store.window()? })
+    }
+
     /// Where the refcounts are kept.
     pub fn place(&self) -> Place {
         self.place

@@ -32,7 +32,6 @@ extern crate alloc;
 extern crate std;
 
 mod bitmap;
-mod encryption;
 mod entry;
 mod error;
 mod header;
@@ -41,14 +40,13 @@ mod run;
 mod snapshot;
 mod units;
 
-pub use bitmap::{BitmapCluster, BitmapRecord, BitmapTableEntry, BitmapsExtension};
-pub use encryption::{EncryptionPointer, KeySlot, LuksHeader};
+pub use bitmap::{BitmapRecord, BitmapsExtension};
 pub use entry::{CompressedExtent, ExtendedL2Entry, L1Entry, L2Entry, Mapping, RefcountTableEntry, SubRun};
 pub use error::FormatError;
 pub use header::{
-    Autoclear, BackingFile, Compatible, CompressionType, DataFile, Encryption, Extension, ExtensionKind,
-    FeatureName, Header, HeaderChange, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version,
-    rewrite_backing, rewrite_bitmaps, root,
+    Autoclear, BackingChange, BackingFile, Compatible, CompressionType, DataFile, Encryption, Extension,
+    ExtensionKind, FeatureName, Header, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version,
+    rewrite_backing, root,
 };
 pub use refcount::RefcountWidth;
 pub use run::{Run, RunKind, RunList};

@@ -53,20 +53,17 @@ fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Res
     let mut counts = Counts::new(&walked.counts);
     let data_file = image.header().incompatible().has(pleach_format::Incompatible::DATA_FILE);
     for (&at, used) in &walked.tables {
-        let Some(slot) = used.active else { continue };
-        let entry = image.l1().get(slot).copied().unwrap_or_default();
+        if used.active.is_empty() {
+            continue;
+        }
         let count = counts.get(g.host_cluster(HostOffset(at)));
-        if entry.copied() != (count == 1) {
-            let place = image.header().l1_table_offset().0 + slot as u64 * 8;
-            let guest = Some((used.guest, g.l1_span()));
-            report.copied(
-                "L1 table",
-                entry.0,
-                place,
-                guest,
-                count,
-                entry == L1Entry(entry.0).with_copied(true),
-            );
+        for &slot in &used.active {
+            let entry = image.l1().get(slot).copied().unwrap_or_default();
+            if entry.copied() != (count == 1) {
+                let place = image.header().l1_table_offset().0 + slot as u64 * 8;
+                let guest = Some((slot as u64 * g.l1_span(), g.l1_span()));
+                report.copied("L1 table", entry.0, place, guest, count, entry.copied());
+            }
         }
         let mut expected = None;
         for (slot, raw, target) in entries(image, at)? {
@@ -128,13 +125,11 @@ fn external(image: &Image, at: u64, base: u64, report: &mut CheckReport) -> Resu
 /// # Errors
 /// As [`check`]; a pointer that breaks the format or leads out of the file.
 pub fn copied_repairs(image: &Image) -> Result<Vec<Write>, ImageError> {
-    let mut report = CheckReport::default();
     let walked = walk(image, &mut |finding| {
         Err(ImageError::Damaged { what: finding.message, offset: finding.offset })
     })?;
-    copied_flags(image, &walked, &mut report)?;
     let mut repairs = Vec::new();
-    for finding in report.findings {
+    for finding in copied_findings(image, &walked)? {
         let Some(offset) = finding.offset else { continue };
         let mut entry = [0; 8];
         image.store().read_at(offset, &mut entry).map_err(ImageError::io("read a table entry"))?;
@@ -142,6 +137,13 @@ pub fn copied_repairs(image: &Image) -> Result<Vec<Write>, ImageError> {
         repairs.push(Write { offset: HostOffset(offset), bytes: flipped.to_be_bytes().to_vec() });
     }
     Ok(repairs)
+}
+
+/// The COPIED flags that do not fit the stored counts.
+pub(crate) fn copied_findings(image: &Image, walked: &Walked) -> Result<Vec<Finding>, ImageError> {
+    let mut report = CheckReport::default();
+    copied_flags(image, walked, &mut report)?;
+    Ok(report.findings)
 }
 
 fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {
@@ -209,17 +211,17 @@ impl CheckReport {
 }
 
 /// Stored counts, one block at a time.
-struct Counts<'a> {
+pub(crate) struct Counts<'a> {
     table: &'a RefcountTable,
     block: Option<(u64, Vec<u8>)>,
 }
 
 impl<'a> Counts<'a> {
-    fn new(table: &'a RefcountTable) -> Self {
+    pub(crate) fn new(table: &'a RefcountTable) -> Self {
         Self { table, block: None }
     }
 
-    fn get(&mut self, cluster: HostCluster) -> u64 {
+    pub(crate) fn get(&mut self, cluster: HostCluster) -> u64 {
         let place = self.table.place();
         let per_block = place.width.per_block(place.geometry);
         let index = cluster.0 / per_block;

@@ -78,7 +78,7 @@ pub enum ImageError {
         offset: u64,
     },
     /// The image says of itself that it needs repair before it may be written.
-    #[error("the image is marked {mark}; repair it first (qemu-img check -r all)")]
+    #[error("the image is marked {mark}; repair it first (pleach check --repair all)")]
     NeedsRepair {
         /// `dirty` or `corrupt`.
         mark: &'static str,
@@ -86,7 +86,7 @@ pub enum ImageError {
     /// Something refers to a cluster more often than its refcount says.
     #[error(
         "the refcount of cluster {cluster} is {stored}, but {references} pointers lead there; repair the image first \
-         (qemu-img check -r all)"
+         (pleach check --repair all)"
     )]
     Refcount {
         /// Host cluster index.
@@ -97,12 +97,24 @@ pub enum ImageError {
         references: u64,
     },
     /// A pointer breaks the format or leads out of the file.
-    #[error("the image is damaged: {what}; repair it first (qemu-img check -r all)")]
+    #[error("the image is damaged: {what}; repair it first (pleach check --repair all)")]
     Damaged {
         /// What is wrong.
         what: String,
         /// Where, if known.
         offset: Option<u64>,
+    },
+    /// Something that a repair cannot mend.
+    #[error("this cannot be repaired: {what}")]
+    CannotRepair {
+        /// What it is.
+        what: String,
+    },
+    /// An undo file that is damaged, or that belongs to another image.
+    #[error("the undo file cannot be used: {what}")]
+    Undo {
+        /// What is wrong.
+        what: String,
     },
     /// The file is no longer what was looked at before.
     #[error("the image was changed by somebody else meanwhile: {what}")]
@@ -110,31 +122,6 @@ pub enum ImageError {
         /// What differs.
         what: &'static str,
     },
-    /// A range that is not on the disk.
-    #[error("{length} bytes at {offset} are not on the disk, which has {size}")]
-    BeyondEnd {
-        /// First guest byte.
-        offset: u64,
-        /// How many.
-        length: u64,
-        /// Virtual size.
-        size: u64,
-    },
-    /// The image has no bitmap of that name.
-    #[error("there is no bitmap \"{name}\"")]
-    NoBitmap {
-        /// What was asked for, escaped.
-        name: String,
-    },
-    /// Something that this image cannot do, or that would lose something.
-    #[error("{what}")]
-    Refused {
-        /// What, why, and what to do instead.
-        what: String,
-    },
-    /// A write failed before, so nobody knows what the file holds: open the image again.
-    #[error("an earlier write to the image failed; open it again")]
-    Failed,
     /// Another layer of the chain is the one that cannot be read.
     #[error("{}: {source}", .path.display())]
     InLayer {

@@ -5,9 +5,9 @@
 
 use std::collections::BTreeMap;
 
-use pleach_alloc::{Census, Place, RefcountTable};
+use pleach_alloc::{AllocError, Census, Place, RefcountTable};
 use pleach_format::{
-    ExtendedL2Entry, ExtensionKind, FormatError, Geometry, HostCluster, HostOffset, Incompatible, L1Entry,
+    BitmapRecord, ExtensionKind, FormatError, Geometry, HostCluster, HostOffset, Incompatible, L1Entry,
     L2Entry, Mapping, Version,
 };
 
@@ -41,8 +41,8 @@ pub(crate) struct TableUse {
     pub(crate) references: u64,
     /// Guest offset of its first entry: the active state's if that uses it.
     pub(crate) guest: u64,
-    /// Whether the active state uses it, and the L1 slot.
-    pub(crate) active: Option<usize>,
+    /// L1 slots of the active state that lead to it.
+    pub(crate) active: Vec<usize>,
 }
 
 /// The result of a walk.
@@ -90,9 +90,24 @@ fn refcounts(image: &Image, place: Place, sink: &mut Sink<'_>) -> Result<Refcoun
             stopped.get_or_insert(stop);
         }
     });
-    match stopped {
-        Some(error) => Err(error),
-        None => Ok(table?),
+    if let Some(error) = stopped {
+        return Err(error);
+    }
+    match table {
+        Err(error @ AllocError::Outside { .. }) => {
+            sink(Finding {
+                code: "refcount-table",
+                structure: "refcount table",
+                offset: Some(place.table.0),
+                guest: None,
+                message: format!(
+                    "{error}; no cluster has a count, and the next write may overwrite any of them"
+                ),
+                times: 1,
+            })?;
+            Ok(RefcountTable::empty(&**image.store(), place)?)
+        }
+        table => Ok(table?),
     }
 }
 
@@ -130,7 +145,16 @@ impl Walk<'_> {
             };
             let raw = entry.0;
             let offset = match entry.l2_table(g) {
-                Ok(None) => continue,
+                Ok(None) if raw == 0 => continue,
+                Ok(None) => {
+                    sink(bad(
+                        "l1-empty",
+                        format!(
+                            "L1 entry {slot} is {raw:#x}: it has flags, but leads nowhere; this range is empty"
+                        ),
+                    ))?;
+                    continue;
+                }
                 Ok(Some(offset)) => offset,
                 Err(FormatError::Reserved { reserved, .. }) => {
                     sink(bad(
@@ -159,11 +183,13 @@ impl Walk<'_> {
                 continue;
             }
             let table =
-                self.tables.entry(offset.0).or_insert(TableUse { references: 0, guest, active: None });
+                self.tables.entry(offset.0).or_insert(TableUse { references: 0, guest, active: Vec::new() });
             table.references += times;
             if active {
-                table.guest = guest;
-                table.active = Some(slot);
+                if table.active.is_empty() {
+                    table.guest = guest;
+                }
+                table.active.push(slot);
             }
         }
         Ok(())
@@ -180,6 +206,14 @@ impl Walk<'_> {
             message,
             times: 1,
         };
+        if header.nb_snapshots() == 0 && !self.geometry().is_aligned(at) {
+            sink(bad(
+                "snapshot-root",
+                format!(
+                    "the header has no snapshots, but their table at {at:#x}: QEMU does not open such an image"
+                ),
+            ))?;
+        }
         let snapshots = match self.image.snapshots() {
             Ok(snapshots) => snapshots,
             Err(error @ ImageError::Io { .. }) => return Err(error),
@@ -295,6 +329,9 @@ impl Walk<'_> {
         for bitmap in bitmaps {
             let (at, bytes) = (bitmap.table_offset, u64::from(bitmap.table_size) * 8);
             let name = crate::escape(&bitmap.name);
+            if let Some(fault) = bitmap_fault(&bitmap, g, self.image.header().size()) {
+                sink(bad("bitmap-entry", Some(at), format!("bitmap \"{name}\": {fault}")))?;
+            }
             if let Err(error) = check_inside("bitmap table", at, bytes, file, g) {
                 sink(bad("bitmap-table", Some(at), format!("bitmap \"{name}\": {error}")))?;
                 continue;
@@ -304,15 +341,14 @@ impl Walk<'_> {
             let io = ImageError::io("read a bitmap table");
             self.image.store().read_at(at, &mut table).map_err(io)?;
             for (i, entry) in table.as_chunks::<8>().0.iter().enumerate() {
-                let data = u64::from_be_bytes(*entry) & 0x00ff_ffff_ffff_fe00;
-                if data == 0 {
-                    continue;
-                }
-                match check_inside("bitmap data", data, g.cluster_size(), file, g) {
-                    Ok(()) => self.census.add_bytes(&self.place, HostOffset(data), g.cluster_size(), 1),
-                    Err(error) => {
+                match bitmap_entry_fault(u64::from_be_bytes(*entry), g, file) {
+                    Ok(None) => {}
+                    Ok(Some(data)) => {
+                        self.census.add_bytes(&self.place, HostOffset(data), g.cluster_size(), 1);
+                    }
+                    Err(fault) => {
                         let place = Some(at + i as u64 * 8);
-                        sink(bad("bitmap-data", place, format!("bitmap \"{name}\": {error}")))?;
+                        sink(bad("bitmap-data", place, format!("bitmap \"{name}\": {fault}")))?;
                     }
                 }
             }
@@ -345,12 +381,53 @@ impl Walk<'_> {
     }
 }
 
-/// In a data file, offset 0 is a place too: for judging the bitmap alone, `entry` with another one in its stead.
-fn in_some_file(entry: ExtendedL2Entry, elsewhere: bool, g: Geometry) -> ExtendedL2Entry {
-    match elsewhere && entry.descriptor.copied() {
-        true => ExtendedL2Entry { descriptor: L2Entry::owned(HostOffset(g.cluster_size())), ..entry },
-        false => entry,
+/// What makes QEMU refuse a bitmap directory entry, and with it the image.
+pub(crate) fn bitmap_fault(record: &BitmapRecord, g: Geometry, disk: u64) -> Option<String> {
+    let (at, bytes) = (record.table_offset, u64::from(record.table_size).saturating_mul(g.cluster_size()));
+    let known = BitmapRecord::IN_USE | BitmapRecord::AUTO;
+    let covered = (u128::from(bytes) * 8) << record.granularity_bits.min(63);
+    if record.kind != 1 {
+        return Some(format!("its type is {}, must be 1", record.kind));
     }
+    if !(9..=31).contains(&record.granularity_bits) {
+        return Some(format!("its granularity is 2^{}, must be 2^9 to 2^31", record.granularity_bits));
+    }
+    if record.flags & !known != 0 {
+        return Some(format!("its flags are {:#x}, only 0x3 is known", record.flags));
+    }
+    if record.name.is_empty() || record.name.len() > 1023 {
+        return Some(format!("its name has {} bytes, must be 1 to 1023", record.name.len()));
+    }
+    if !record.extra.is_empty() {
+        return Some("it has extra data that nobody knows".to_owned());
+    }
+    if at == 0 || !g.is_aligned(at) {
+        return Some(format!("its table cannot be at {at:#x}"));
+    }
+    if bytes == 0 || bytes > MAX_BITMAP_BYTES {
+        return Some(format!("its table has {} entries", record.table_size));
+    }
+    // One that is in use says nothing about the disk any more.
+    if record.flags & BitmapRecord::IN_USE == 0 && u128::from(disk) > covered {
+        return Some(format!("it covers {covered} bytes of a disk of {disk}"));
+    }
+    None
+}
+
+/// Largest bitmap that QEMU loads.
+const MAX_BITMAP_BYTES: u64 = 0x2000_0000;
+
+/// Where an entry of a bitmap table leads to, or what is wrong with it.
+pub(crate) fn bitmap_entry_fault(entry: u64, g: Geometry, file: u64) -> Result<Option<u64>, String> {
+    let data = entry & 0x00ff_ffff_ffff_fe00;
+    if entry & 0xff00_0000_0000_01fe != 0 || (data != 0 && (entry & 1 != 0 || !g.is_aligned(data))) {
+        return Err(format!("table entry {entry:#x} breaks the format"));
+    }
+    if data == 0 {
+        return Ok(None);
+    }
+    check_inside("bitmap data", data, g.cluster_size(), file, g).map_err(|error| error.to_string())?;
+    Ok(Some(data))
 }
 
 /// What one L2 entry refers to in the file, and what is wrong with it although it can be followed.
@@ -382,7 +459,7 @@ pub(crate) fn entries(image: &Image, at: u64) -> Result<Entries, ImageError> {
         }
         if complaint.is_none()
             && g.extended_l2()
-            && let Err(error) = in_some_file(entry, elsewhere, g).decode(g)
+            && let Err(error) = entry.decode(g)
         {
             complaint = Some(("l2-subclusters", format!("{error}; the guest cannot read this cluster")));
         }

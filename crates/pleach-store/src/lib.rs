@@ -37,7 +37,7 @@ use std::ops::Range;
 pub use disk::{Access, Disk, FileId, FileKind, RealDisk, Stat};
 pub use file::FileStore;
 pub use lock::{LockError, Role};
-pub use map::Window;
+pub use map::{Sector, Window, patch};
 
 /// One open file.
 ///

@@ -1,6 +1,7 @@
 //! Read-only maps of files, for metadata. The only unsafe code of the workspace.
 #![allow(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -23,7 +24,11 @@ pub struct Window {
 enum Source {
     Map(Mmap),
     Owned(Arc<Vec<u8>>),
+    Patched { below: Box<Window>, sectors: Arc<BTreeMap<u64, Sector>>, len: u64 },
 }
+
+/// 512 bytes, aligned in the file.
+pub type Sector = [u8; 512];
 
 impl Window {
     /// Maps all of `file`.
@@ -54,9 +59,15 @@ impl Window {
         Ok(Self { source: Source::Owned(Arc::new(bytes)) })
     }
 
+    /// A window of `len` bytes over `below` in which some sectors, by their number, read as given.
+    pub fn patched(below: Self, sectors: Arc<BTreeMap<u64, Sector>>, len: u64) -> Self {
+        Self { source: Source::Patched { below: Box::new(below), sectors, len } }
+    }
+
     /// Bytes that the window covers.
     pub fn len(&self) -> u64 {
         match &self.source {
+            Source::Patched { len, .. } => *len,
             Source::Map(map) => map.len() as u64,
             Source::Owned(bytes) => bytes.len() as u64,
         }
@@ -84,6 +95,27 @@ impl Window {
             }
             Source::Map(map) if have > 0 => copy_volatile(map, at, inside),
             Source::Map(_) => {}
+            Source::Patched { below, sectors, .. } => {
+                below.read_at(offset, inside);
+                patch(sectors, offset, inside);
+            }
+        }
+    }
+}
+
+/// Puts what `sectors` say about the bytes from `offset` into `out`.
+pub fn patch(sectors: &BTreeMap<u64, Sector>, offset: u64, out: &mut [u8]) {
+    if out.is_empty() {
+        return;
+    }
+    let last = offset.saturating_add(out.len() as u64 - 1) / 512;
+    for (number, sector) in sectors.range(offset / 512..=last) {
+        let start = number * 512;
+        let (skip, to) = (offset.saturating_sub(start), start.saturating_sub(offset));
+        let (Ok(skip), Ok(to)) = (usize::try_from(skip), usize::try_from(to)) else { continue };
+        let (from, to) = (sector.get(skip..).unwrap_or(&[]), out.get_mut(to..).unwrap_or(&mut []));
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = *from;
         }
     }
 }
@@ -109,6 +141,25 @@ fn copy_volatile(map: &Mmap, at: usize, out: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn patched_sectors_hide_what_lies_below() {
+        let below = Window { source: Source::Owned(Arc::new(vec![1; 2000])) };
+        let sectors = Arc::new(BTreeMap::from([(1, [2; 512]), (4, [3; 512])]));
+        let window = Window::patched(below, sectors, 2560);
+        for (at, len) in [(0, 2560), (500, 30), (600, 10), (1000, 1000), (1990, 100), (2500, 100)] {
+            let mut got = vec![0xee; len];
+            window.read_at(at, &mut got);
+            let byte = |at: u64| match at {
+                512..1024 => 2,
+                2048..2560 => 3,
+                0..2000 => 1,
+                _ => 0,
+            };
+            let want: Vec<u8> = (at..at + len as u64).map(byte).collect();
+            assert_eq!(got, want, "{at} {len}");
+        }
+    }
 
     #[test]
     fn reads_inside_across_and_past_the_end() {

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use pleach_engine::survey::{FileFormat, Survey};
-use pleach_engine::{Error, ErrorKind, Result};
+use pleach_engine::{Error, ErrorKind, Repair, Result, undo_repair};
 use pleach_format::Incompatible;
-use pleach_image::{CheckReport, Image, check};
+use pleach_image::{CheckReport, Finding, Image, RepairMode, check};
 use pleach_store::{Access, Disk, FileKind, RealDisk, Role};
 use serde_json::{Value, json};
 
@@ -24,13 +24,17 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
     let mut worst = 0;
     let images = images(args)?;
     let mut failed = false;
+    if let Some(file) = &args.undo {
+        return take_back(&images, file, args.json);
+    }
     for path in &images {
-        let (dirty, report) = match one(path, args) {
+        let checked = match one(path, args) {
             Ok(checked) => checked,
             Err(error) if images.len() == 1 => return Err(error),
             // The others are worth checking all the same.
             Err(error) => {
                 failed = true;
+                worst = worst.max(if error.kind == ErrorKind::Corrupt { ERRORS } else { 0 });
                 if args.json {
                     documents.push(
                         json!({ "filename": path.display().to_string(), "error": output::object(&error) }),
@@ -41,15 +45,15 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
                 continue;
             }
         };
-        worst = worst.max(match (report.errors, report.leaks) {
+        worst = worst.max(match (checked.report.errors, checked.report.leaks) {
             (0, 0) => 0,
             (0, _) => LEAKS,
             _ => ERRORS,
         });
         if args.json {
-            documents.push(document(path, dirty, &report));
+            documents.push(document(path, &checked));
         } else {
-            output::print(&text(path, dirty, &report));
+            output::print(&text(path, &checked));
         }
     }
     if args.json {
@@ -84,7 +88,62 @@ fn images(args: &CheckArgs) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-fn one(path: &Path, args: &CheckArgs) -> Result<(bool, CheckReport)> {
+/// Puts back what a repair changed.
+fn take_back(images: &[PathBuf], file: &Path, json: bool) -> Result<ExitCode> {
+    let [path] = images else {
+        return Err(Error::new(ErrorKind::Usage, "--undo wants exactly one image"));
+    };
+    undo_repair(&RealDisk, path, file)?;
+    if json {
+        let (path, file) = (path.display().to_string(), file.display().to_string());
+        output::document(&json!({ "schema": 1, "images": [{ "filename": path, "undone": file }] }));
+    } else {
+        output::print(&format!("{}: as it was before the repair\n", path.display()));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// An image, and what is wrong in it now: after the repair, if there was one.
+struct Checked {
+    dirty: bool,
+    report: CheckReport,
+    repaired: Option<Repaired>,
+}
+
+/// What a repair did, or would do.
+struct Repaired {
+    found: Vec<Finding>,
+    actions: Vec<Finding>,
+    errors_fixed: u64,
+    leaks_fixed: u64,
+    bytes_written: u64,
+    undo_file: Option<PathBuf>,
+    planned: bool,
+}
+
+fn repair(path: &Path, mode: RepairMode, only_plan: bool) -> Result<Checked> {
+    let repair = Repair::plan(&RealDisk, path, mode, only_plan)?;
+    let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%SZ").to_string();
+    let undo_file = if only_plan { None } else { repair.run(&RealDisk, &stamp)? };
+    let plan = repair.what();
+    let report = if only_plan { plan.before.clone() } else { plan.after.clone() };
+    let repaired = Repaired {
+        found: plan.before.findings.clone(),
+        actions: plan.actions.clone(),
+        errors_fixed: plan.errors_fixed,
+        leaks_fixed: plan.leaks_fixed,
+        bytes_written: plan.bytes_written(),
+        undo_file,
+        planned: only_plan,
+    };
+    Ok(Checked { dirty: repair.dirty(), report, repaired: Some(repaired) })
+}
+
+fn one(path: &Path, args: &CheckArgs) -> Result<Checked> {
+    if let Some(what) = &args.repair {
+        let mode = if what == "leaks" { RepairMode::Leaks } else { RepairMode::All };
+        return repair(path, mode, args.dry_run);
+    }
     let store = RealDisk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
     let role = if args.force_share { Role::Look } else { Role::Read };
     store.lock(role).map_err(|e| Error::locked(path, e).hint("-U looks at it all the same"))?;
@@ -97,39 +156,54 @@ fn one(path: &Path, args: &CheckArgs) -> Result<(bool, CheckReport)> {
     }
     let image = Image::open(store).map_err(|e| Error::image(path, e))?;
     let report = check(&image).map_err(|e| Error::image(path, e))?;
-    Ok((image.header().incompatible().has(Incompatible::DIRTY), report))
+    Ok(Checked { dirty: image.header().incompatible().has(Incompatible::DIRTY), report, repaired: None })
 }
 
-fn document(path: &Path, dirty: bool, report: &CheckReport) -> Value {
-    let findings: Vec<Value> = report
-        .findings
-        .iter()
-        .map(|f| {
-            json!({
-                "code": f.code, "structure": f.structure, "offset": f.offset,
-                "guest_start": f.guest.map(|g| g.0), "guest_length": f.guest.map(|g| g.1), "message": f.message,
-            })
-        })
-        .collect();
+fn finding(f: &Finding) -> Value {
     json!({
+        "code": f.code, "structure": f.structure, "offset": f.offset,
+        "guest_start": f.guest.map(|g| g.0), "guest_length": f.guest.map(|g| g.1), "message": f.message,
+    })
+}
+
+fn document(path: &Path, checked: &Checked) -> Value {
+    let Checked { dirty, report, repaired } = checked;
+    let found = repaired.as_ref().map_or(&report.findings, |r| &r.found);
+    let done = repaired.as_ref().filter(|r| !r.planned);
+    let mut document = json!({
         "filename": path.display().to_string(),
         "dirty": dirty,
         "errors": report.errors,
         "leaks": report.leaks,
-        "errors_fixed": 0,
-        "leaks_fixed": 0,
+        "errors_fixed": done.map_or(0, |r| r.errors_fixed),
+        "leaks_fixed": done.map_or(0, |r| r.leaks_fixed),
         "allocated_clusters": report.allocated_clusters,
         "compressed_clusters": report.compressed_clusters,
         "fragmented_clusters": report.fragmented_clusters,
         "total_clusters": report.total_clusters,
         "image_end_offset": report.image_end_offset,
-        "findings": findings,
-    })
+        "findings": found.iter().map(finding).collect::<Vec<_>>(),
+    });
+    if let (Some(repaired), Some(object)) = (repaired, document.as_object_mut()) {
+        let actions: Vec<Value> = repaired.actions.iter().map(finding).collect();
+        if repaired.planned {
+            let plan = json!({
+                "errors_fixed": repaired.errors_fixed, "leaks_fixed": repaired.leaks_fixed,
+                "bytes_written": repaired.bytes_written, "repairs": actions,
+            });
+            object.insert("plan".to_owned(), plan);
+        } else {
+            object.insert("repairs".to_owned(), actions.into());
+            let undo_file = repaired.undo_file.as_ref().map(|p| p.display().to_string());
+            object.insert("undo_file".to_owned(), undo_file.into());
+        }
+    }
+    document
 }
 
-fn text(path: &Path, dirty: bool, report: &CheckReport) -> String {
-    let mut out = format!("{}:\n", path.display());
-    for finding in &report.findings {
+fn lines(findings: &[Finding]) -> String {
+    let mut out = String::new();
+    for finding in findings {
         let offset = finding.offset.map_or_else(String::new, |o| format!(" at {o:#x}"));
         let guest =
             finding.guest.map_or_else(String::new, |(start, len)| format!(" (guest {start:#x} +{len:#x})"));
@@ -138,7 +212,34 @@ fn text(path: &Path, dirty: bool, report: &CheckReport) -> String {
             finding.code, finding.structure, finding.message
         ));
     }
-    if dirty {
+    out
+}
+
+fn text(path: &Path, checked: &Checked) -> String {
+    let Checked { dirty, report, repaired } = checked;
+    let mut out = format!("{}:\n", path.display());
+    if let Some(repaired) = repaired {
+        out.push_str(&lines(&repaired.found));
+        out.push_str(&match (repaired.actions.is_empty(), repaired.planned) {
+            (true, _) => "  nothing to repair\n".to_owned(),
+            (_, true) => format!("repair of {} would do this:\n", path.display()),
+            (_, false) => format!("repair of {}:\n", path.display()),
+        });
+        out.push_str(&lines(&repaired.actions));
+        if let Some(undo) = &repaired.undo_file {
+            out.push_str(&format!(
+                "  to take this back, before anybody writes: pleach check --undo {} {}\n",
+                undo.display(),
+                path.display()
+            ));
+        }
+        let state = if repaired.planned { "now" } else { "afterwards" };
+        out.push_str(&format!("{state}:\n"));
+    }
+    if repaired.as_ref().is_none_or(|r| !r.planned) {
+        out.push_str(&lines(&report.findings));
+    }
+    if *dirty {
         out.push_str("  the image is marked dirty: its counts are rebuilt at the next writable open\n");
     }
     out.push_str(&match (report.errors, report.leaks) {
