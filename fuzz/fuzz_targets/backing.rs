@@ -4,7 +4,7 @@
 use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use pleach_format::{
-    BackingChange, BackingFile, ExtensionKind, Header, NewHeader, RefcountWidth, Version, rewrite_backing,
+    BackingFile, ExtensionKind, Header, HeaderChange, NewHeader, RefcountWidth, Version, rewrite_backing,
 };
 
 #[derive(Arbitrary, Debug)]
@@ -41,16 +41,22 @@ fuzz_target!(|input: Input| {
     let new = input.new.as_ref().map(Name::backing);
     match rewrite_backing(&bytes, &old, new.as_ref()) {
         Err(_) => {}
-        Ok(BackingChange::Whole { bytes: whole }) => {
+        Ok(HeaderChange::Whole { bytes: whole }) => {
             is_changed(&old, &written(&bytes, 0, &whole), new.as_ref())
         }
-        Ok(BackingChange::Atomic { prepare, sector }) => {
-            let prepared = match prepare {
-                None => bytes,
-                Some((at, name)) => written(&bytes, usize::try_from(at.0).unwrap(), &name),
-            };
-            assert_eq!(Header::parse(&prepared).as_ref(), Ok(&old), "the first write alone changes nothing");
-            is_changed(&old, &written(&prepared, 0, &sector[..]), new.as_ref());
+        Ok(HeaderChange::Steps(steps)) => {
+            let mut now = bytes;
+            for (i, (at, step)) in steps.iter().enumerate() {
+                now = written(&now, usize::try_from(at.0).unwrap(), step);
+                if i + 1 < steps.len() {
+                    assert_eq!(
+                        Header::parse(&now).as_ref(),
+                        Ok(&old),
+                        "steps before the last one change nothing"
+                    );
+                }
+            }
+            is_changed(&old, &now, new.as_ref());
         }
     }
 });

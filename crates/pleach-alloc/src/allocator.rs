@@ -52,13 +52,15 @@ struct Block {
 #[derive(Debug)]
 pub struct Allocator {
     table: RefcountTable,
+    /// Where the table will be once everything that was taken is written.
+    place: Place,
     /// The table as it will be: longer than the stored one after growth.
     entries: Vec<Option<HostOffset>>,
     blocks: BTreeMap<u64, Block>,
     moved: Option<TableMove>,
     /// Old table places, to be freed once the header names another.
     abandoned: Vec<(HostCluster, u64)>,
-    /// Lowered to 0: not handed out before the next load.
+    /// Lowered to 0: not handed out before [`reuse`](Self::reuse).
     quarantine: BTreeSet<u64>,
     cursor: u64,
     end: u64,
@@ -75,6 +77,7 @@ impl Allocator {
         let end = store.len()?.div_ceil(place.geometry.cluster_size());
         Ok(Self {
             table,
+            place,
             entries,
             blocks: BTreeMap::new(),
             moved: None,
@@ -86,7 +89,7 @@ impl Allocator {
     }
 
     fn place(&self) -> Place {
-        self.table.place()
+        self.place
     }
 
     fn per_block(&self) -> u64 {
@@ -136,11 +139,39 @@ impl Allocator {
         }
     }
 
+    /// Up to `most` free clusters in a row, at least one, each now with count 1: the first, and how many.
+    ///
+    /// # Errors
+    /// As [`allocate`](Self::allocate).
+    pub fn allocate_run(&mut self, most: u64) -> Result<(HostCluster, u64), AllocError> {
+        let first = self.allocate()?;
+        let mut n = 1;
+        while n < most {
+            let next = first.0 + n;
+            let (index, slot) = self.locate(next);
+            let width = self.place().width;
+            if self.quarantine.contains(&next) {
+                break;
+            }
+            // A block that is missing is made, and placed, by the next call.
+            let Some(block) = self.block(index).filter(|b| width.get(&b.bytes, slot) == 0) else { break };
+            width.set(&mut block.bytes, slot, 1)?;
+            block.dirty = true;
+            n += 1;
+        }
+        self.cursor = first.0 + n;
+        self.end = self.end.max(self.cursor);
+        Ok((first, n))
+    }
+
     /// `n` clusters in a row behind everything in use, each with count 1; returns the first.
     ///
     /// # Errors
     /// As [`allocate`](Self::allocate).
     pub fn allocate_contiguous(&mut self, n: u64) -> Result<HostCluster, AllocError> {
+        if n == 1 {
+            return self.allocate();
+        }
         let mut start = self.end;
         while let Some(next) = self.obstacle(start, n)? {
             start = next;
@@ -166,8 +197,22 @@ impl Allocator {
         Ok(None)
     }
 
-    /// Lowers the count of `cluster` by one. The cluster is not handed out again by this allocator: it may still be
-    /// reachable until the next barrier.
+    /// Raises the count of `cluster`, which is in use, by one.
+    ///
+    /// # Errors
+    /// A count that does not fit the image's refcounts.
+    pub fn raise(&mut self, cluster: HostCluster) -> Result<(), AllocError> {
+        let count = self.count(cluster);
+        self.set(cluster.0, count.saturating_add(1))
+    }
+
+    /// Whether the count of `cluster` can be raised once more.
+    pub fn can_raise(&mut self, cluster: HostCluster) -> bool {
+        self.count(cluster) < self.place().width.max()
+    }
+
+    /// Lowers the count of `cluster` by one. A cluster that becomes free is not handed out again before
+    /// [`reuse`](Self::reuse): it may still be reachable until the next barrier.
     ///
     /// # Errors
     /// [`AllocError::Underflow`] if the count is 0.
@@ -181,6 +226,34 @@ impl Allocator {
                 self.set(cluster.0, count - 1)
             }
         }
+    }
+
+    /// Lets clusters that became free be handed out again: call it after the barrier that made their lowered counts
+    /// durable. Returns them, in order.
+    pub fn reuse(&mut self) -> Vec<HostCluster> {
+        let freed = std::mem::take(&mut self.quarantine);
+        if let Some(&first) = freed.first() {
+            self.cursor = self.cursor.min(first);
+        }
+        freed.into_iter().map(HostCluster).collect()
+    }
+
+    /// One past the highest cluster with a count.
+    pub fn used_end(&mut self) -> HostCluster {
+        let (width, per_block) = (self.place().width, self.per_block());
+        for index in (0..self.entries.len() as u64).rev() {
+            let Some(block) = self.block(index) else { continue };
+            let slots = usize::try_from(per_block).unwrap_or(0);
+            if let Some(slot) = (0..slots).rev().find(|&slot| width.get(&block.bytes, slot) != 0) {
+                return HostCluster(index * per_block + slot as u64 + 1);
+            }
+        }
+        HostCluster(0)
+    }
+
+    /// The file was cut: nothing lies behind `end` any more.
+    pub fn cut(&mut self, end: HostCluster) {
+        self.end = self.end.min(end.0);
     }
 
     /// Sets the count of `cluster`, whatever it was. For repairs.
@@ -221,6 +294,7 @@ impl Allocator {
             block.new = false;
         }
         if let Some(moved) = writes.moved {
+            (self.place.table, self.place.table_clusters) = (moved.offset, moved.clusters);
             let mut bytes: Vec<u8> =
                 self.entries.iter().flat_map(|e| e.map_or(0, |o| o.0).to_be_bytes()).collect();
             bytes.resize(moved.clusters as usize * self.place().geometry.cluster_bytes(), 0);

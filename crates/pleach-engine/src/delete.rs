@@ -593,7 +593,7 @@ impl<'a> Planner<'a> {
     fn writable(&self, index: usize) -> Result<&Image> {
         let image = self.image(index)?;
         image
-            .check_writable()
+            .check_mergeable()
             .and_then(|()| leaked(image).map(drop))
             .map_err(|e| Error::image(&self.file(index).path, e))?;
         Ok(image)
@@ -774,7 +774,7 @@ impl<'a> Planner<'a> {
             && from.size() >= into.size()
             && no_bitmaps(into)
             && no_bitmaps(from)
-            && into.check_writable().is_ok()
+            && into.check_mergeable().is_ok()
             // What is wrong with the victim's file must not go on under the reader's name.
             && check(into).is_ok_and(|report| report.errors == 0 && report.leaks == 0)
     }

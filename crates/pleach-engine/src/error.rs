@@ -116,15 +116,19 @@ impl Error {
         }
         let kind = match &source {
             ImageError::Unsupported { .. } | ImageError::DataFile { .. } => ErrorKind::Unsupported,
-            ImageError::NoSnapshot { .. } => ErrorKind::NotFound,
+            ImageError::NoSnapshot { .. } | ImageError::NoBitmap { .. } => ErrorKind::NotFound,
             ImageError::NoDataFile | ImageError::AmbiguousSnapshot { .. } => ErrorKind::Usage,
             ImageError::Format { source: FormatError::UnknownFeature { .. }, .. } => ErrorKind::Unsupported,
             // A count that does not fit its width: nothing is damaged, the image is just made for fewer references.
             ImageError::Alloc(AllocError::Format(FormatError::OutOfRange { field: "refcount", .. })) => {
                 ErrorKind::Unsupported
             }
-            ImageError::Undo { .. } => ErrorKind::Failed,
-            ImageError::NeedsRepair { .. } | ImageError::Changed { .. } => ErrorKind::Failed,
+            ImageError::NeedsRepair { .. }
+            | ImageError::Changed { .. }
+            | ImageError::Undo { .. }
+            | ImageError::Refused { .. }
+            | ImageError::BeyondEnd { .. }
+            | ImageError::Failed => ErrorKind::Failed,
             _ => ErrorKind::Corrupt,
         };
         let offset = source.offset();

@@ -21,7 +21,7 @@ pub fn import(disk: &dyn Disk, path: &Path, below: Vec<Arc<Layer>>, content: &dy
     let store = disk.open(path, Access::Write).map_err(io("open the image"))?;
     store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
     let image = Image::open(Arc::clone(&store)).map_err(wrap)?;
-    image.check_writable().map_err(wrap)?;
+    image.check_mergeable().map_err(wrap)?;
     if image.l1().iter().any(|e| e.0 != 0) {
         return Err(Error::new(ErrorKind::Failed, "the image has data of its own already").at(path));
     }

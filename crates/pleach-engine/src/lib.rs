@@ -57,5 +57,5 @@ pub use repair::{Repair, undo_repair};
 pub use resume::{Resumed, resume};
 pub use scan::{is_zero, layer_runs, zero_clusters};
 pub use sizes::{Sizes, sizes};
-pub use source::{Source, SourceOptions};
+pub use source::{Source, SourceOptions, open_writer, open_writer_alone};
 pub use watch::Watch;

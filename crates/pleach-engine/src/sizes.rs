@@ -97,7 +97,7 @@ fn scan(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Scanned> {
         runs,
         shape: image.map(|i| shape_of(i, i.size())),
         no_bitmaps: image.is_none_or(|i| i.bitmaps().is_ok_and(|b| b.is_empty())),
-        writable: image.is_none_or(|i| i.check_writable().is_ok()),
+        writable: image.is_none_or(|i| i.check_mergeable().is_ok()),
         cluster: image.map_or(4096, |i| i.geometry().cluster_size()),
         allocated: layer.store().data_ranges(0..len).map_err(|e| Error::io("find the data of", path, e))?,
         snapshots: match image {

@@ -1,9 +1,9 @@
-//! An image and what it stands on, opened for reading.
+//! An image and what it stands on, opened for reading or for writing.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pleach_image::{Chain, Image, ImageError, Layer, RawImage, backing_path, escape};
+use pleach_image::{Chain, Image, ImageError, Layer, RawImage, WriteOptions, Writer, backing_path, escape};
 use pleach_store::{Access, Disk, FileId, FileKind, Role, Store};
 
 use crate::survey::{FileFormat, Trust, Why, broken};
@@ -86,6 +86,53 @@ impl Source {
     }
 }
 
+/// Opens the image at `path` for writing, locked; what it stands on is opened as by [`Source::open`], for reading. A
+/// snapshot cannot be written to, so that option counts for nothing here.
+///
+/// # Errors
+/// As [`Source::open`] and [`Writer::open`]; a file that is not a qcow2 image.
+pub fn open_writer(disk: &dyn Disk, path: &Path, options: &SourceOptions) -> Result<Writer> {
+    let mut opening = Opening {
+        disk,
+        roots: Roots::of(disk, &[directory(path)], &options.trust)?,
+        options,
+        seen: Vec::new(),
+    };
+    let store = open_locked(disk, path)?;
+    let wrap = |e| Error::image(path, e);
+    opening.seen.push(store.stat().map_err(|e| Error::io("look at the image", path, e))?.id);
+    let image = Image::open(Arc::clone(&store)).map_err(wrap)?;
+    let data_file = opening.data_file(path, &image, Access::Write)?;
+    let top = Layer::Qcow2(image);
+    let mut layers = Vec::new();
+    let mut next = opening.below(path, &top)?;
+    while let Some((path, layer)) = next {
+        next = opening.below(&path, &layer)?;
+        layers.push((path, layer));
+    }
+    let backing = (!layers.is_empty()).then(|| Chain::with_paths(layers));
+    Writer::open(store, WriteOptions { backing, data_file, level: None }).map_err(wrap)
+}
+
+/// Opens the image at `path` for writing, locked, without opening anything else: for what concerns the image alone.
+///
+/// # Errors
+/// As [`Writer::open`]; [`ErrorKind::InUse`]; a file that is not a qcow2 image.
+pub fn open_writer_alone(disk: &dyn Disk, path: &Path) -> Result<Writer> {
+    Writer::open(open_locked(disk, path)?, WriteOptions::default()).map_err(|e| Error::image(path, e))
+}
+
+fn open_locked(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn Store>> {
+    let store = disk.open(path, Access::Write).map_err(|e| Error::io("open the image", path, e))?;
+    store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
+    let mut magic = [0; 4];
+    store.read_at(0, &mut magic).map_err(|e| Error::io("read the image", path, e))?;
+    if magic != *b"QFI\xfb" {
+        return Err(Error::new(ErrorKind::Unsupported, "is not a qcow2 image").at(path));
+    }
+    Ok(store)
+}
+
 struct Opening<'a> {
     disk: &'a dyn Disk,
     roots: Roots,
@@ -115,7 +162,7 @@ impl Opening<'_> {
             FileFormat::Raw => RawImage::open(store).map(Layer::Raw).map_err(wrap),
             FileFormat::Qcow2 => {
                 let image = Image::open(store).map_err(wrap)?;
-                match self.data_file(path, &image)? {
+                match self.data_file(path, &image, Access::Read)? {
                     Some(data) => image.with_data_file(data).map(Layer::Qcow2).map_err(wrap),
                     None => Ok(Layer::Qcow2(image)),
                 }
@@ -157,7 +204,7 @@ impl Opening<'_> {
     /// The external data file of the image at `path`, if it has one and that may be opened: one that was named on the
     /// command line, and is the very file that the header's name leads to, from the working directory (as QEMU takes it) or
     /// from the image's. A header without a name takes the only one that was named.
-    fn data_file(&self, path: &Path, image: &Image) -> Result<Option<Arc<dyn Store>>> {
+    fn data_file(&self, path: &Path, image: &Image, access: Access) -> Result<Option<Arc<dyn Store>>> {
         let allowed = &self.options.trust.data_files;
         if !image.external_data() || allowed.is_empty() {
             return Ok(None);
@@ -175,9 +222,11 @@ impl Opening<'_> {
             }
         };
         let Some(chosen) = chosen else { return Ok(None) };
-        let store =
-            self.disk.open(chosen, Access::Read).map_err(|e| Error::io("open the data file", chosen, e))?;
-        self.lock(chosen, &*store)?;
+        let store = self.disk.open(chosen, access).map_err(|e| Error::io("open the data file", chosen, e))?;
+        match access {
+            Access::Read => self.lock(chosen, &*store)?,
+            Access::Write => store.lock(Role::Write).map_err(|e| Error::locked(chosen, e))?,
+        }
         Ok(Some(store))
     }
 

@@ -2,6 +2,8 @@
 
 use alloc::string::String;
 
+use crate::Geometry;
+
 /// A structure that breaks the format, or uses a part of it that is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -78,6 +80,12 @@ pub enum FormatError {
         /// Its name from the image's feature name table, escaped, or `unnamed`.
         name: String,
     },
+    /// Something that the image's features call for is not there.
+    #[error("the {structure} is missing")]
+    Missing {
+        /// What.
+        structure: &'static str,
+    },
     /// A feature that version 2 cannot express.
     #[error("{feature} needs format version 3 (compat 1.1)")]
     NeedsV3 {
@@ -102,4 +110,20 @@ pub enum FormatError {
         /// Bytes in the first cluster.
         available: u64,
     },
+}
+
+pub(crate) fn check_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), FormatError> {
+    if (min..=max).contains(&value) {
+        Ok(())
+    } else {
+        Err(FormatError::OutOfRange { field, value, min, max })
+    }
+}
+
+/// The host offset of something that starts a cluster, and not the first one.
+pub(crate) fn check_place(field: &'static str, offset: u64, geometry: Geometry) -> Result<(), FormatError> {
+    if !geometry.is_aligned(offset) {
+        return Err(FormatError::Unaligned { field, value: offset, alignment: geometry.cluster_size() });
+    }
+    check_range(field, offset, geometry.cluster_size(), (1 << 56) - 1)
 }

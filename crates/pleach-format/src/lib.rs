@@ -32,6 +32,7 @@ extern crate alloc;
 extern crate std;
 
 mod bitmap;
+mod encryption;
 mod entry;
 mod error;
 mod header;
@@ -40,13 +41,14 @@ mod run;
 mod snapshot;
 mod units;
 
-pub use bitmap::{BitmapRecord, BitmapsExtension};
+pub use bitmap::{BitmapCluster, BitmapRecord, BitmapTableEntry, BitmapsExtension};
+pub use encryption::{EncryptionPointer, KeySlot, LuksHeader};
 pub use entry::{CompressedExtent, ExtendedL2Entry, L1Entry, L2Entry, Mapping, RefcountTableEntry, SubRun};
 pub use error::FormatError;
 pub use header::{
-    Autoclear, BackingChange, BackingFile, Compatible, CompressionType, DataFile, Encryption, Extension,
-    ExtensionKind, FeatureName, Header, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version,
-    rewrite_backing, root,
+    Autoclear, BackingFile, Compatible, CompressionType, DataFile, Encryption, Extension, ExtensionKind,
+    FeatureName, Header, HeaderChange, Incompatible, NewHeader, RawHeader, RawHeaderV3, Version,
+    rewrite_backing, rewrite_bitmaps, root,
 };
 pub use refcount::RefcountWidth;
 pub use run::{Run, RunKind, RunList};

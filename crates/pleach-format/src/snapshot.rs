@@ -3,7 +3,8 @@
 use alloc::vec::Vec;
 
 use crate::FormatError;
-use crate::header::be;
+use crate::error::check_range;
+use crate::header::{MAX_L1_ENTRIES, be};
 
 /// One entry of the snapshot table, as stored; strings are raw bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +31,8 @@ pub struct SnapshotRecord {
     pub icount: Option<u64>,
     /// Extra data behind the known fields, kept verbatim.
     pub unknown_extra: Vec<u8>,
-    /// Bytes of the entry in the table, without the padding that aligns the next one.
+    /// Bytes of the entry in the table that it was read from, without the padding that aligns the next one; says nothing
+    /// about the bytes that [`encode_table`](Self::encode_table) gives.
     pub stored_bytes: usize,
 }
 
@@ -45,16 +47,70 @@ impl SnapshotRecord {
     /// The `count` entries at the start of `bytes`; what follows them is ignored.
     ///
     /// # Errors
-    /// [`FormatError::Truncated`] if the entries need more bytes, [`FormatError::OutOfRange`] for oversized extra data.
+    /// [`FormatError::Truncated`] if the entries need more bytes, [`FormatError::OutOfRange`] for oversized extra data, too
+    /// many entries, or a table of more than 64 MiB.
     pub fn parse_table(bytes: &[u8], count: u32) -> Result<Vec<Self>, FormatError> {
+        check_range("nb_snapshots", count.into(), 0, Self::MAX_COUNT.into())?;
         let mut records = Vec::new();
         let mut at = 0usize;
         for _ in 0..count {
             let (record, len) = Self::parse(bytes, at)?;
             records.push(record);
+            check_range("snapshot table size", (at + len) as u64, 0, Self::MAX_TABLE)?;
             at += len.next_multiple_of(8);
         }
         Ok(records)
+    }
+
+    /// The table's bytes: each entry with its disk size and instruction count (24 bytes of extra data) and what else it
+    /// had, aligned to 8; no padding behind the last one. A VM state of 2^32 bytes and more has 0 in the 32-bit field.
+    ///
+    /// # Errors
+    /// [`FormatError::OutOfRange`] for too many entries, a field that does not fit, or a table of more than 64 MiB;
+    /// [`FormatError::Missing`] if an entry does not know its disk size: it has the size that the disk has now.
+    pub fn encode_table(records: &[Self]) -> Result<Vec<u8>, FormatError> {
+        check_range("nb_snapshots", records.len() as u64, 0, Self::MAX_COUNT.into())?;
+        let mut out = Vec::new();
+        for record in records {
+            out.resize(out.len().next_multiple_of(8), 0);
+            record.encode(&mut out)?;
+            check_range("snapshot table size", out.len() as u64, 0, Self::MAX_TABLE)?;
+        }
+        Ok(out)
+    }
+
+    fn encode(&self, out: &mut Vec<u8>) -> Result<(), FormatError> {
+        let Some(disk_size) = self.disk_size else {
+            return Err(FormatError::Missing { structure: "disk size of a snapshot" });
+        };
+        check_range("snapshot l1_size", self.l1_size.into(), 0, MAX_L1_ENTRIES.into())?;
+        let length = |field, len: usize| {
+            let max = u16::MAX;
+            u16::try_from(len).map_err(|_| FormatError::OutOfRange {
+                field,
+                value: len as u64,
+                min: 0,
+                max: max.into(),
+            })
+        };
+        let extra = KNOWN_EXTRA + self.unknown_extra.len();
+        check_range("snapshot extra data size", extra as u64, KNOWN_EXTRA as u64, Self::MAX_EXTRA.into())?;
+        out.extend(self.l1_table_offset.to_be_bytes());
+        out.extend(self.l1_size.to_be_bytes());
+        out.extend(length("snapshot id length", self.id.len())?.to_be_bytes());
+        out.extend(length("snapshot name length", self.name.len())?.to_be_bytes());
+        out.extend(self.date_seconds.to_be_bytes());
+        out.extend(self.date_nanoseconds.to_be_bytes());
+        out.extend(self.vm_clock_nanoseconds.to_be_bytes());
+        out.extend(u32::try_from(self.vm_state_size).unwrap_or(0).to_be_bytes());
+        out.extend(u32::try_from(extra).expect("at most 1024").to_be_bytes());
+        out.extend(self.vm_state_size.to_be_bytes());
+        out.extend(disk_size.to_be_bytes());
+        out.extend(self.icount.unwrap_or(u64::MAX).to_be_bytes());
+        out.extend(&self.unknown_extra);
+        out.extend(&self.id);
+        out.extend(&self.name);
+        Ok(())
     }
 
     fn parse(bytes: &[u8], at: usize) -> Result<(Self, usize), FormatError> {
@@ -98,9 +154,84 @@ impl SnapshotRecord {
     }
 }
 
+/// Bytes of extra data with a known meaning: VM state size, disk size, instruction count.
+const KNOWN_EXTRA: usize = 24;
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn record(n: u32) -> SnapshotRecord {
+        let (id, name) = (std::format!("{n}"), "n".repeat(n as usize % 19));
+        let unknown_extra = std::vec![0xee; n as usize % 5 * 3];
+        SnapshotRecord {
+            l1_table_offset: u64::from(n) << 16,
+            l1_size: n,
+            date_seconds: 1_700_000_000 + n,
+            date_nanoseconds: n * 1000,
+            vm_clock_nanoseconds: u64::from(n) << 33,
+            vm_state_size: [0, 7, u32::MAX.into(), 1 << 32, u64::MAX][n as usize % 5],
+            disk_size: Some(u64::from(n) << 20),
+            icount: (!n.is_multiple_of(3)).then_some(n.into()),
+            stored_bytes: 40 + 24 + unknown_extra.len() + id.len() + name.len(),
+            unknown_extra,
+            id: id.into(),
+            name: name.into(),
+        }
+    }
+
+    #[test]
+    fn a_table_is_read_as_it_was_written() {
+        let mut records = Vec::new();
+        for n in 0..100 {
+            let bytes = SnapshotRecord::encode_table(&records).unwrap();
+            assert_eq!(SnapshotRecord::parse_table(&bytes, n).unwrap(), records, "{n}");
+            assert_eq!(
+                SnapshotRecord::encode_table(&records.clone()).unwrap(),
+                bytes,
+                "equal values, equal bytes"
+            );
+            // Nothing behind the last entry.
+            let last = records.last().map_or(0, |r: &SnapshotRecord| r.stored_bytes);
+            let before: usize = records.iter().map(|r| r.stored_bytes.next_multiple_of(8)).sum();
+            assert_eq!(bytes.len(), before - last.next_multiple_of(8) + last, "{n}");
+            records.push(record(n));
+        }
+    }
+
+    #[test]
+    fn the_32_bit_vm_state_size_is_0_where_it_does_not_fit() {
+        for (size, short) in [(0, 0), (u64::from(u32::MAX), u32::MAX), (1 << 32, 0)] {
+            let table = SnapshotRecord::encode_table(&[SnapshotRecord { vm_state_size: size, ..record(1) }]);
+            assert_eq!(be::u32(&table.unwrap(), 32), short, "{size}");
+        }
+    }
+
+    #[test]
+    fn what_an_entry_cannot_say_is_refused_by_field() {
+        type Edit = fn(&mut SnapshotRecord);
+        let cases: &[(&str, Edit)] = &[
+            ("disk size of a snapshot is missing", |r| r.disk_size = None),
+            ("extra data size is 1025, must be in 24..=1024", |r| r.unknown_extra = std::vec![0; 1001]),
+            ("id length is 65536", |r| r.id = std::vec![b'1'; 65536]),
+            ("name length is 65536, must be in 0..=65535", |r| r.name = std::vec![b'n'; 65536]),
+            ("l1_size is 4194305", |r| r.l1_size = MAX_L1_ENTRIES + 1),
+        ];
+        for (want, edit) in cases {
+            let mut bad = record(1);
+            edit(&mut bad);
+            let error = std::format!("{}", SnapshotRecord::encode_table(&[bad]).expect_err(want));
+            assert!(error.contains(want), "{want}: {error}");
+        }
+        let most = SnapshotRecord::MAX_COUNT as usize;
+        let small = SnapshotRecord { name: Vec::new(), ..record(0) };
+        assert!(SnapshotRecord::encode_table(&std::vec![small.clone(); most]).is_ok());
+        assert!(SnapshotRecord::encode_table(&std::vec![small.clone(); most + 1]).is_err());
+        let large = SnapshotRecord { name: std::vec![b'n'; 2000], ..small };
+        let error = SnapshotRecord::encode_table(&std::vec![large; most]).unwrap_err();
+        assert!(std::format!("{error}").contains("snapshot table size"), "{error}");
+        assert!(SnapshotRecord::parse_table(&[], SnapshotRecord::MAX_COUNT + 1).is_err());
+    }
 
     fn entry(id: &[u8], name: &[u8], extra: &[u8]) -> Vec<u8> {
         let mut out = Vec::new();

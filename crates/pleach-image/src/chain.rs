@@ -188,25 +188,7 @@ impl Chain {
             rest = behind;
             match mapping {
                 Mapping::Unallocated => self.read_from(depth + 1, guest, part),
-                Mapping::Zero | Mapping::ZeroAllocated(_) => {
-                    part.fill(0);
-                    Ok(())
-                }
-                Mapping::Data(host) => {
-                    image.data_store().read_at(host.0, part).map_err(ImageError::io("read guest data"))
-                }
-                Mapping::Compressed(extent) => {
-                    let g = image.geometry();
-                    let cluster = guest & !(g.cluster_size() - 1);
-                    if part.len() == g.cluster_bytes() {
-                        return image.read_compressed(cluster, extent, part);
-                    }
-                    let mut whole = vec![0; g.cluster_bytes()];
-                    image.read_compressed(cluster, extent, &mut whole)?;
-                    let from = usize::try_from(guest - cluster).unwrap_or(0);
-                    part.copy_from_slice(whole.get(from..from + part.len()).expect("inside one cluster"));
-                    Ok(())
-                }
+                mapping => image.read_piece(guest, mapping, part),
             }
         })
     }

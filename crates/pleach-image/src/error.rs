@@ -122,6 +122,31 @@ pub enum ImageError {
         /// What differs.
         what: &'static str,
     },
+    /// A range that is not on the disk.
+    #[error("{length} bytes at {offset} are not on the disk, which has {size}")]
+    BeyondEnd {
+        /// First guest byte.
+        offset: u64,
+        /// How many.
+        length: u64,
+        /// Virtual size.
+        size: u64,
+    },
+    /// The image has no bitmap of that name.
+    #[error("there is no bitmap \"{name}\"")]
+    NoBitmap {
+        /// What was asked for, escaped.
+        name: String,
+    },
+    /// Something that this image cannot do, or that would lose something.
+    #[error("{what}")]
+    Refused {
+        /// What, why, and what to do instead.
+        what: String,
+    },
+    /// A write failed before, so nobody knows what the file holds: open the image again.
+    #[error("an earlier write to the image failed; open it again")]
+    Failed,
     /// Another layer of the chain is the one that cannot be read.
     #[error("{}: {source}", .path.display())]
     InLayer {

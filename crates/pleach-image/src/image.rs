@@ -1,11 +1,12 @@
 //! One qcow2 file, opened.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pleach_format::{
     BitmapRecord, CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset,
-    Header, HostOffset, Incompatible, L1Entry, L2Entry, Mapping, RunList, SnapshotRecord,
+    Header, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList, SnapshotRecord,
 };
 use pleach_store::{Store, Window};
 use smallvec::SmallVec;
@@ -68,7 +69,7 @@ pub struct Image {
     size: u64,
     /// The internal snapshot that is read in place of the active state.
     snapshot: Option<SnapshotRecord>,
-    file_len: u64,
+    file_len: AtomicU64,
     window: OnceLock<Window>,
     cache: Mutex<HashMap<u64, Arc<[u8]>>>,
 }
@@ -83,6 +84,7 @@ impl Image {
         let header = &head.header;
         let l1 = read_l1(&*store, header.geometry(), header.l1_table_offset(), header.l1_size())?;
         let file_len = store.len().map_err(ImageError::io("find the file's length"))?;
+        let file_len = AtomicU64::new(file_len);
         let size = header.size();
         Ok(Self {
             store,
@@ -131,7 +133,7 @@ impl Image {
             l1,
             size,
             snapshot: Some(snapshot),
-            file_len: self.file_len,
+            file_len: AtomicU64::new(self.file_len()),
             window: OnceLock::new(),
             cache: Mutex::default(),
         })
@@ -172,9 +174,14 @@ impl Image {
         self.head.header.geometry()
     }
 
-    /// Length of the file in bytes when it was opened.
+    /// Length of the file in bytes when it was opened, or as long as this crate made it since.
     pub fn file_len(&self) -> u64 {
-        self.file_len
+        self.file_len.load(Ordering::Relaxed)
+    }
+
+    /// The file has at least `len` bytes now.
+    pub(crate) fn grew_to(&self, len: u64) {
+        self.file_len.fetch_max(len, Ordering::Relaxed);
     }
 
     /// Virtual size in bytes.
@@ -207,18 +214,11 @@ impl Image {
         }
     }
 
-    /// Refuses what keeps the image from being written.
+    /// Refuses what keeps the image's tables from being written.
     ///
     /// # Errors
-    /// As [`check_readable`](Self::check_readable); an external data file; an internal snapshot's state; extended L2
-    /// entries; an image that is marked dirty or corrupt.
+    /// An internal snapshot's state; an image that is marked dirty or corrupt.
     pub fn check_writable(&self) -> Result<(), ImageError> {
-        self.check_readable()?;
-        if self.external_data() {
-            return Err(ImageError::Unsupported {
-                feature: "writing to an image with an external data file",
-            });
-        }
         if self.snapshot.is_some() {
             return Err(ImageError::Unsupported { feature: "writing to an internal snapshot" });
         }
@@ -228,10 +228,26 @@ impl Image {
                 return Err(ImageError::NeedsRepair { mark });
             }
         }
-        if incompatible.has(Incompatible::EXTENDED_L2) {
-            return Err(ImageError::Unsupported { feature: "writing to an image with extended L2 entries" });
-        }
         Ok(())
+    }
+
+    /// Refuses what keeps other images' data from being merged into this one.
+    ///
+    /// # Errors
+    /// As [`check_writable`](Self::check_writable) and [`check_readable`](Self::check_readable); an external data file;
+    /// extended L2 entries.
+    pub fn check_mergeable(&self) -> Result<(), ImageError> {
+        if self.external_data() {
+            return Err(ImageError::Unsupported {
+                feature: "merging into an image with an external data file",
+            });
+        }
+        if self.geometry().extended_l2() {
+            return Err(ImageError::Unsupported {
+                feature: "merging into an image with extended L2 entries",
+            });
+        }
+        self.check_writable()
     }
 
     /// The L2 table that `entry` leads to, as stored; `None` if there is none.
@@ -340,9 +356,9 @@ impl Image {
             Mapping::Data(_) | Mapping::ZeroAllocated(_) if self.external_data() => Ok(()),
             Mapping::Data(offset) | Mapping::ZeroAllocated(offset) => {
                 let start = offset.0 & !(g.cluster_size() - 1);
-                check_inside("data cluster", start, g.cluster_size(), self.file_len, g)
+                check_inside("data cluster", start, g.cluster_size(), self.file_len(), g)
             }
-            Mapping::Compressed(extent) if extent.offset.0 >= self.file_len => {
+            Mapping::Compressed(extent) if extent.offset.0 >= self.file_len() => {
                 Err(ImageError::Compressed { guest, offset: extent.offset.0 })
             }
             _ => Ok(()),
@@ -361,11 +377,22 @@ impl Image {
         each: &mut dyn FnMut(u64, u64, Mapping) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
         self.check_readable()?;
+        self.pieces_in(&|index| Ok(self.cached_table(index)?.map(Table::Shared)), offset, len, each)
+    }
+
+    /// As [`pieces`](Self::pieces), with `table` saying which L2 table counts for an L1 slot.
+    pub(crate) fn pieces_in<'t>(
+        &self,
+        table: &dyn Fn(u64) -> Result<Option<Table<'t>>, ImageError>,
+        offset: u64,
+        len: u64,
+        each: &mut dyn FnMut(u64, u64, Mapping) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
         let g = self.geometry();
         let mut open: Option<(u64, u64, Mapping)> = None;
         let (mut at, end) = (offset, offset + len);
         while at < end {
-            let table = self.cached_table(at / g.l1_span())?;
+            let table = table(at / g.l1_span())?;
             let span_end = (at / g.l1_span() + 1) * g.l1_span();
             let Some(table) = table else {
                 let stop = span_end.min(end);
@@ -393,6 +420,32 @@ impl Image {
         }
     }
 
+    /// Fills `part` with the guest bytes from `guest`, all of which `mapping` (which is not `Unallocated`) answers for:
+    /// a stretch handed out by [`pieces`](Self::pieces).
+    pub(crate) fn read_piece(&self, guest: u64, mapping: Mapping, part: &mut [u8]) -> Result<(), ImageError> {
+        match mapping {
+            Mapping::Unallocated | Mapping::Zero | Mapping::ZeroAllocated(_) => {
+                part.fill(0);
+                Ok(())
+            }
+            Mapping::Data(host) => {
+                self.data_store().read_at(host.0, part).map_err(ImageError::io("read guest data"))
+            }
+            Mapping::Compressed(extent) => {
+                let g = self.geometry();
+                let cluster = guest & !(g.cluster_size() - 1);
+                if part.len() == g.cluster_bytes() {
+                    return self.read_compressed(cluster, extent, part);
+                }
+                let mut whole = vec![0; g.cluster_bytes()];
+                self.read_compressed(cluster, extent, &mut whole)?;
+                let from = usize::try_from(guest - cluster).unwrap_or(0);
+                part.copy_from_slice(whole.get(from..from + part.len()).expect("inside one cluster"));
+                Ok(())
+            }
+        }
+    }
+
     /// Reads and decompresses the cluster that starts at `guest`.
     pub(crate) fn read_compressed(
         &self,
@@ -415,13 +468,13 @@ impl Image {
     /// and more behind the end of the file.
     pub(crate) fn counted_bytes(&self, extent: CompressedExtent) -> u64 {
         let cluster = self.geometry().cluster_size();
-        if extent.offset.0.saturating_add(extent.bytes).saturating_sub(self.file_len) < cluster {
+        if extent.offset.0.saturating_add(extent.bytes).saturating_sub(self.file_len()) < cluster {
             return extent.bytes;
         }
-        self.file_len.next_multiple_of(cluster).saturating_sub(extent.offset.0).min(extent.bytes)
+        self.file_len().next_multiple_of(cluster).saturating_sub(extent.offset.0).min(extent.bytes)
     }
 
-    fn cached_table(&self, index: u64) -> Result<Option<Arc<[u8]>>, ImageError> {
+    pub(crate) fn cached_table(&self, index: u64) -> Result<Option<Arc<[u8]>>, ImageError> {
         let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(table) = lock().get(&index) {
             return Ok(Some(Arc::clone(table)));
@@ -432,7 +485,7 @@ impl Image {
             return Ok(None);
         };
         // By `pread`: random reads touch few tables, and pages of a map would count as this process's memory.
-        check_inside("L2 table", offset.0, g.cluster_size(), self.file_len, g)?;
+        check_inside("L2 table", offset.0, g.cluster_size(), self.file_len(), g)?;
         let mut table = vec![0; g.cluster_bytes()];
         self.store.read_at(offset.0, &mut table).map_err(ImageError::io("read an L2 table"))?;
         let table: Arc<[u8]> = table.into();
@@ -491,6 +544,20 @@ impl Image {
         Ok((l1, size))
     }
 
+    /// The header of the encryption, without what needs a key; `None` unless the image is encrypted with LUKS.
+    ///
+    /// # Errors
+    /// A header that is missing, breaks the format or lies outside the file.
+    pub fn luks_header(&self) -> Result<Option<LuksHeader>, ImageError> {
+        let bad = ImageError::format("header", None);
+        let Some(pointer) = self.header().encryption_header().map_err(bad)? else { return Ok(None) };
+        let len = self.store.len().map_err(ImageError::io("find the file's length"))?;
+        check_inside("LUKS header", pointer.offset.0, pointer.length, len, self.geometry())?;
+        let mut bytes = [0; LuksHeader::BYTES];
+        self.store.read_at(pointer.offset.0, &mut bytes).map_err(ImageError::io("read the LUKS header"))?;
+        LuksHeader::parse(&bytes).map(Some).map_err(ImageError::format("LUKS header", Some(pointer.offset.0)))
+    }
+
     /// The persistent bitmaps; none if the extension is not consistent (autoclear bit 0).
     ///
     /// # Errors
@@ -521,6 +588,25 @@ fn find_snapshot(snapshots: Vec<SnapshotRecord>, wanted: &[u8]) -> Result<Snapsh
             found.push(last);
             let ids = found.iter().map(|s| crate::escape(&s.id)).collect();
             Err(ImageError::AmbiguousSnapshot { name, ids })
+        }
+    }
+}
+
+/// An L2 table as stored, from a cache or from somebody's hands.
+pub(crate) enum Table<'t> {
+    /// From the cache.
+    Shared(Arc<[u8]>),
+    /// Changed, and not written yet.
+    Edited(&'t [u8]),
+}
+
+impl std::ops::Deref for Table<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Shared(bytes) => bytes,
+            Self::Edited(bytes) => bytes,
         }
     }
 }
@@ -579,7 +665,7 @@ pub(crate) fn check_inside(
     }
 }
 
-fn entry_at(table: &[u8], geometry: Geometry, index: usize) -> ExtendedL2Entry {
+pub(crate) fn entry_at(table: &[u8], geometry: Geometry, index: usize) -> ExtendedL2Entry {
     let (words, _) = table.as_chunks::<8>();
     let step = geometry.l2_entry_bytes() / 8;
     let word = |i: usize| words.get(i).map_or(0, |w| u64::from_be_bytes(*w));

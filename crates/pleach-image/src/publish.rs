@@ -2,11 +2,12 @@
 
 use pleach_alloc::{Allocator, Write};
 use pleach_format::{
-    Autoclear, BackingChange, BackingFile, HostCluster, HostOffset, Version, rewrite_backing, root,
+    Autoclear, BackingFile, BitmapsExtension, FormatError, HeaderChange, HostCluster, HostOffset, Version,
+    rewrite_backing, rewrite_bitmaps, root,
 };
 use pleach_store::Store;
 
-use crate::{ImageError, read_head};
+use crate::{Head, ImageError, read_head};
 
 /// Size and L1 table as the header will name them.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -147,28 +148,49 @@ pub fn set_backing<E: From<ImageError>>(
     new: Option<&BackingFile>,
     record: impl FnOnce(&[u8], &[u8]) -> Result<(), E>,
 ) -> Result<(), E> {
+    change_header(store, |head| rewrite_backing(&head.bytes, &head.header, new), record)
+}
+
+/// Puts another bitmaps extension, or none, into the header, and sets or clears the autoclear bit that says that it is
+/// consistent. What the new one leads to must be durable already; what the old one leads to is free afterwards.
+///
+/// After a crash the header has the old extension or the new one, or none that is consistent, as
+/// [`rewrite_bitmaps`] says. Where moving the backing file's name in a small header cannot be done stepwise, `record` is
+/// called as by [`set_backing`].
+///
+/// # Errors
+/// As [`set_backing`].
+pub fn set_bitmaps<E: From<ImageError>>(
+    store: &dyn Store,
+    new: Option<&BitmapsExtension>,
+    record: impl FnOnce(&[u8], &[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    change_header(store, |head| rewrite_bitmaps(&head.bytes, &head.header, new), record)
+}
+
+/// Carries out what `plan` says about the header.
+fn change_header<E: From<ImageError>>(
+    store: &dyn Store,
+    plan: impl FnOnce(&Head) -> Result<HeaderChange, FormatError>,
+    record: impl FnOnce(&[u8], &[u8]) -> Result<(), E>,
+) -> Result<(), E> {
     let head = read_head(store)?;
-    let change = rewrite_backing(&head.bytes, &head.header, new)
-        .map_err(ImageError::format("header", None))
-        .map_err(E::from)?;
-    match change {
-        BackingChange::Atomic { prepare, sector } => {
-            if let Some((at, name)) = prepare {
-                write(store, at, &name)?;
-                // The pointer must not become durable before the name.
+    match plan(&head).map_err(ImageError::format("header", None)).map_err(E::from)? {
+        HeaderChange::Steps(steps) => {
+            for (at, bytes) in steps {
+                write(store, at, &bytes)?;
+                // Each step relies on those before it; what the old header stands for may go after the last one.
                 barrier(store)?;
             }
-            write_sector(store, &sector)?;
         }
-        BackingChange::Whole { bytes } => {
+        HeaderChange::Whole { bytes } => {
             let mut old = vec![0; bytes.len()];
             store.read_at(0, &mut old).map_err(ImageError::io("read the header"))?;
             record(&old, &bytes)?;
             write(store, HostOffset(0), &bytes)?;
+            barrier(store)?;
         }
     }
-    // Nothing that the old name stands for may go before the new one is durable.
-    barrier(store)?;
     Ok(())
 }
 

@@ -38,7 +38,7 @@ pub struct StatesEditor<'a> {
 }
 
 impl<'a> StatesEditor<'a> {
-    /// An editor of `image`, which passed [`Image::check_writable`]: state 0 is the active one, state i + 1 is internal
+    /// An editor of `image`, which passed [`Image::check_mergeable`]: state 0 is the active one, state i + 1 is internal
     /// snapshot i.
     ///
     /// # Errors

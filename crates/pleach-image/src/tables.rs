@@ -1,10 +1,14 @@
 //! Changing L2 entries in memory: which tables change in place, which are made new, what is dropped.
 
+use std::borrow::Borrow;
 use std::collections::BTreeMap;
 
 use pleach_alloc::{Allocator, Write};
-use pleach_format::{GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
+use pleach_format::{
+    ExtendedL2Entry, GuestCluster, HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, Mapping,
+};
 
+use crate::image::entry_at;
 use crate::publish::NewRoot;
 use crate::{Image, ImageError, Switch};
 
@@ -18,56 +22,143 @@ struct Edited {
     changed: Option<(usize, usize)>,
 }
 
-/// Entries of one image as they will be. Only for standard L2 entries.
+/// Entries of the active state of one image as they will be.
 #[derive(Debug)]
-pub struct TableEditor<'a> {
-    image: &'a Image,
+pub struct TableEditor<I> {
+    image: I,
     l1: Vec<L1Entry>,
     tables: BTreeMap<usize, Edited>,
     drops: Vec<HostCluster>,
+    /// The L1 table is written to another place, even if it does not grow.
+    move_l1: bool,
 }
 
-impl<'a> TableEditor<'a> {
+impl<I: Borrow<Image>> TableEditor<I> {
     /// An editor of the active state of `image`, which passed [`Image::check_writable`].
-    pub fn new(image: &'a Image) -> Self {
-        Self { image, l1: image.l1().to_vec(), tables: BTreeMap::new(), drops: Vec::new() }
+    pub fn new(image: I) -> Self {
+        let l1 = image.borrow().l1().to_vec();
+        Self { image, l1, tables: BTreeMap::new(), drops: Vec::new(), move_l1: false }
+    }
+
+    fn image(&self) -> &Image {
+        self.image.borrow()
     }
 
     /// Makes room for guest clusters behind the image's present end.
     pub fn extend_to(&mut self, size: u64) {
-        let needed = usize::try_from(self.image.geometry().required_l1(size)).unwrap_or(usize::MAX);
+        let needed = usize::try_from(self.image().geometry().required_l1(size)).unwrap_or(usize::MAX);
         if needed > self.l1.len() {
             self.l1.resize(needed, L1Entry::default());
         }
     }
 
-    /// What the entry of `cluster` says now.
+    /// Leaves only what a disk of `size` bytes needs, in an L1 table and a last L2 table of their own: the change
+    /// becomes visible with the switch of the root, all at once.
+    ///
+    /// # Errors
+    /// A damaged entry or table, or an image that cannot grow.
+    pub fn cut_to(&mut self, allocator: &mut Allocator, size: u64) -> Result<(), ImageError> {
+        let g = self.image().geometry();
+        let clusters = g.clusters_for(size).0;
+        let keep = usize::try_from(g.required_l1(size)).unwrap_or(usize::MAX);
+        self.move_l1 = true;
+        for index in keep..self.l1.len() {
+            let first = index as u64 * g.l2_entries();
+            for slot in 0..g.l2_entries() {
+                let old = self.mapping(GuestCluster(first + slot))?;
+                self.drop_target(old);
+            }
+            if let Some(table) = self.tables.remove(&index) {
+                self.drops.push(g.host_cluster(table.offset));
+            }
+        }
+        self.l1.truncate(keep);
+        let Some(last) = keep.checked_sub(1) else { return Ok(()) };
+        let end = keep as u64 * g.l2_entries();
+        let mut beyond = Vec::new();
+        for cluster in (clusters..end).map(GuestCluster) {
+            if self.entry(cluster)? != ExtendedL2Entry::default() {
+                beyond.push(cluster);
+            }
+        }
+        if beyond.is_empty() {
+            return Ok(());
+        }
+        self.move_table(allocator, last)?;
+        beyond.into_iter().try_for_each(|c| self.set_entry(allocator, c, ExtendedL2Entry::default()))
+    }
+
+    /// Moves the L1 table, and the L2 table of its last slot, to the first free clusters.
+    ///
+    /// # Errors
+    /// A damaged table, or an image that cannot grow.
+    pub(crate) fn move_roots(&mut self, allocator: &mut Allocator) -> Result<(), ImageError> {
+        self.move_l1 = true;
+        let Some(last) = self.l1.len().checked_sub(1) else { return Ok(()) };
+        // Loads the table, if there is one.
+        self.entry(GuestCluster(last as u64 * self.image().geometry().l2_entries()))?;
+        self.move_table(allocator, last)
+    }
+
+    /// Gives the L2 table of L1 slot `index`, which is loaded, another place.
+    fn move_table(&mut self, allocator: &mut Allocator, index: usize) -> Result<(), ImageError> {
+        let g = self.image().geometry();
+        if let Some(table) = self.tables.get_mut(&index).filter(|t| !t.new) {
+            let old = std::mem::replace(&mut table.offset, g.host_offset(allocator.allocate()?));
+            (table.new, table.changed) = (true, None);
+            self.drops.push(g.host_cluster(old));
+        }
+        Ok(())
+    }
+
+    /// What the entry of `cluster` says now. With extended L2 entries: what its first half says.
     ///
     /// # Errors
     /// A damaged entry or table.
     pub fn mapping(&mut self, cluster: GuestCluster) -> Result<Mapping, ImageError> {
-        let g = self.image.geometry();
-        let entry = match self.index(cluster) {
-            (l1, slot) if self.tables.contains_key(&l1) => {
-                self.tables.get(&l1).map_or(L2Entry::default(), |t| get(&t.bytes, slot))
-            }
-            (l1, slot) => {
-                let stored = self.l1.get(l1).copied().unwrap_or_default();
-                let Some(bytes) = self.image.l2_table(stored)? else { return Ok(Mapping::Unallocated) };
-                let offset = stored.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
-                let entry = get(&bytes, slot);
-                if let Some(offset) = offset {
-                    // Kept as it is: a later change decides whether it can stay where it is.
-                    self.tables.insert(l1, Edited { bytes, offset, new: false, changed: None });
-                }
-                entry
-            }
-        };
-        entry.decode(g, self.image.header().version()).map_err(ImageError::format("L2 entry", None))
+        let (g, version) = (self.image().geometry(), self.image().header().version());
+        let entry = self.entry(cluster)?.descriptor;
+        entry.decode(g, version).map_err(ImageError::format("L2 entry", None))
     }
 
-    /// Lets the entry of `cluster` say something else. What the old entry referred to is dropped unless the new one
-    /// refers to the same place.
+    /// The entry of `cluster` as it is now. A standard entry has no subclusters.
+    ///
+    /// # Errors
+    /// A damaged L1 entry or table.
+    pub fn entry(&mut self, cluster: GuestCluster) -> Result<ExtendedL2Entry, ImageError> {
+        let g = self.image().geometry();
+        let (l1, slot) = self.index(cluster);
+        if !self.tables.contains_key(&l1) {
+            let stored = self.l1.get(l1).copied().unwrap_or_default();
+            let offset = stored.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
+            let Some((offset, bytes)) = offset.zip(self.image().l2_table(stored)?) else {
+                return Ok(ExtendedL2Entry::default());
+            };
+            // Kept as it is: a later change decides whether it can stay where it is.
+            self.tables.insert(l1, Edited { bytes, offset, new: false, changed: None });
+        }
+        Ok(self.tables.get(&l1).map_or_else(ExtendedL2Entry::default, |t| entry_at(&t.bytes, g, slot)))
+    }
+
+    /// The L2 table of L1 slot `index`, if it was looked at or changed here.
+    pub(crate) fn table(&self, index: u64) -> Option<&[u8]> {
+        let index = usize::try_from(index).ok()?;
+        self.tables.get(&index).map(|table| table.bytes.as_slice())
+    }
+
+    /// Whether there is an L2 table for `cluster`.
+    pub(crate) fn has_table(&self, cluster: GuestCluster) -> bool {
+        let (l1, _) = self.index(cluster);
+        self.tables.contains_key(&l1) || self.l1.get(l1).is_some_and(|e| e.with_copied(false) != L1Entry(0))
+    }
+
+    /// Bytes of the tables held in memory.
+    pub(crate) fn held_bytes(&self) -> usize {
+        self.tables.len() * self.image().geometry().cluster_bytes()
+    }
+
+    /// Lets the standard entry of `cluster` say something else. What the old entry referred to is dropped unless the
+    /// new one refers to the same place.
     ///
     /// # Errors
     /// A damaged entry or table, or an image that cannot grow.
@@ -77,17 +168,31 @@ impl<'a> TableEditor<'a> {
         cluster: GuestCluster,
         entry: L2Entry,
     ) -> Result<(), ImageError> {
-        let g = self.image.geometry();
+        self.set_entry(allocator, cluster, ExtendedL2Entry { descriptor: entry, subclusters: 0 })
+    }
+
+    /// As [`set`](Self::set), for entries of either width.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set).
+    pub fn set_entry(
+        &mut self,
+        allocator: &mut Allocator,
+        cluster: GuestCluster,
+        entry: ExtendedL2Entry,
+    ) -> Result<(), ImageError> {
+        let (g, version) = (self.image().geometry(), self.image().header().version());
         let old = self.mapping(cluster)?;
-        let new =
-            entry.decode(g, self.image.header().version()).map_err(ImageError::format("L2 entry", None))?;
+        let new = entry.descriptor.decode(g, version).map_err(ImageError::format("L2 entry", None))?;
         if host(old) != host(new) || matches!(old, Mapping::Compressed(_)) {
             self.drop_target(old);
         }
         let (l1, slot) = self.index(cluster);
         let table = self.own_table(allocator, l1)?;
-        if let Some(field) = table.bytes.get_mut(slot * 8..slot * 8 + 8) {
-            field.copy_from_slice(&entry.0.to_be_bytes());
+        let width = g.l2_entry_bytes();
+        if let Some(field) = table.bytes.get_mut(slot * width..(slot + 1) * width) {
+            let words = [entry.descriptor.0, entry.subclusters].map(u64::to_be_bytes);
+            field.copy_from_slice(words.as_flattened().get(..width).unwrap_or_default());
         }
         let (first, last) = table.changed.unwrap_or((slot, slot));
         table.changed = Some((first.min(slot), last.max(slot)));
@@ -95,16 +200,20 @@ impl<'a> TableEditor<'a> {
     }
 
     fn index(&self, cluster: GuestCluster) -> (usize, usize) {
-        let g = self.image.geometry();
+        let g = self.image().geometry();
         (usize::try_from(g.l1_index(cluster)).unwrap_or(usize::MAX), g.l2_index(cluster))
     }
 
     fn drop_target(&mut self, mapping: Mapping) {
-        let g = self.image.geometry();
+        let g = self.image().geometry();
+        if self.image().header().incompatible().has(Incompatible::DATA_FILE) {
+            // Guest data in another file are not counted.
+            return;
+        }
         match mapping {
             Mapping::Data(at) | Mapping::ZeroAllocated(at) => self.drops.push(g.host_cluster(at)),
             Mapping::Compressed(extent) => {
-                let touched = self.image.counted_bytes(extent);
+                let touched = self.image().counted_bytes(extent);
                 let end = HostOffset(extent.offset.0 + touched.max(1) - 1);
                 self.drops.extend((g.host_cluster(extent.offset).0..=g.host_cluster(end).0).map(HostCluster));
             }
@@ -114,7 +223,7 @@ impl<'a> TableEditor<'a> {
 
     /// The table of L1 slot `l1` as one that this image may change: in place if nobody else refers to it.
     fn own_table(&mut self, allocator: &mut Allocator, l1: usize) -> Result<&mut Edited, ImageError> {
-        let g = self.image.geometry();
+        let g = self.image().geometry();
         let existing = self.tables.remove(&l1);
         let edited = match existing {
             Some(table) if table.new || table.changed.is_some() => table,
@@ -136,11 +245,12 @@ impl<'a> TableEditor<'a> {
     /// # Errors
     /// An image that cannot grow.
     pub fn finish(self, allocator: &mut Allocator, size: Option<u64>) -> Result<Switch, ImageError> {
-        let g = self.image.geometry();
-        let header = self.image.header();
+        let image = self.image.borrow();
+        let (g, header) = (image.geometry(), image.header());
+        let width = g.l2_entry_bytes();
         let mut switch = Switch { drops: self.drops, ..Switch::default() };
         let mut l1 = self.l1;
-        let moved = l1.len() > self.image.l1().len();
+        let moved = self.move_l1 || l1.len() > image.l1().len();
         for (index, table) in self.tables {
             if table.new {
                 let entry = L1Entry::owned(table.offset);
@@ -153,17 +263,23 @@ impl<'a> TableEditor<'a> {
                     switch.entries.push(Write { offset, bytes: entry.0.to_be_bytes().to_vec() });
                 }
             } else if let Some((first, last)) = table.changed {
-                let bytes = table.bytes.get(first * 8..last * 8 + 8).unwrap_or(&[]).to_vec();
-                switch.entries.push(Write { offset: HostOffset(table.offset.0 + first as u64 * 8), bytes });
+                let bytes = table.bytes.get(first * width..(last + 1) * width).unwrap_or(&[]).to_vec();
+                let offset = HostOffset(table.offset.0 + (first * width) as u64);
+                switch.entries.push(Write { offset, bytes });
             }
         }
         let size = size.unwrap_or(header.size());
         if moved {
             let bytes: Vec<u8> = l1.iter().flat_map(|e| e.0.to_be_bytes()).collect();
             let clusters = g.clusters_for(bytes.len() as u64).0;
-            let at = g.host_offset(allocator.allocate_contiguous(clusters)?);
+            let at = match clusters {
+                0 => HostOffset(0),
+                n => g.host_offset(allocator.allocate_contiguous(n)?),
+            };
             let l1_size = u32::try_from(l1.len()).unwrap_or(u32::MAX);
-            switch.new_tables.push(Write { offset: at, bytes });
+            if !bytes.is_empty() {
+                switch.new_tables.push(Write { offset: at, bytes });
+            }
             switch.root = Some(NewRoot { size, l1_size, l1_table_offset: at });
             let old = u64::from(header.l1_size()) * 8;
             let first = g.host_cluster(header.l1_table_offset()).0;
@@ -174,11 +290,6 @@ impl<'a> TableEditor<'a> {
         }
         Ok(switch)
     }
-}
-
-fn get(table: &[u8], slot: usize) -> L2Entry {
-    let word = table.as_chunks::<8>().0.get(slot).copied().unwrap_or_default();
-    L2Entry(u64::from_be_bytes(word))
 }
 
 fn host(mapping: Mapping) -> Option<HostOffset> {

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use pleach_alloc::{AllocError, Census, Place, RefcountTable};
 use pleach_format::{
-    BitmapRecord, ExtensionKind, FormatError, Geometry, HostCluster, HostOffset, Incompatible, L1Entry,
-    L2Entry, Mapping, Version,
+    BitmapRecord, ExtendedL2Entry, ExtensionKind, FormatError, Geometry, HostCluster, HostOffset,
+    Incompatible, L1Entry, L2Entry, Mapping, Version,
 };
 
 use crate::image::{check_inside, read_l1};
@@ -381,6 +381,14 @@ impl Walk<'_> {
     }
 }
 
+/// In a data file, offset 0 is a place too: for judging the bitmap alone, `entry` with another one in its stead.
+fn in_some_file(entry: ExtendedL2Entry, elsewhere: bool, g: Geometry) -> ExtendedL2Entry {
+    match elsewhere && entry.descriptor.copied() {
+        true => ExtendedL2Entry { descriptor: L2Entry::owned(HostOffset(g.cluster_size())), ..entry },
+        false => entry,
+    }
+}
+
 /// What makes QEMU refuse a bitmap directory entry, and with it the image.
 pub(crate) fn bitmap_fault(record: &BitmapRecord, g: Geometry, disk: u64) -> Option<String> {
     let (at, bytes) = (record.table_offset, u64::from(record.table_size).saturating_mul(g.cluster_size()));
@@ -459,7 +467,7 @@ pub(crate) fn entries(image: &Image, at: u64) -> Result<Entries, ImageError> {
         }
         if complaint.is_none()
             && g.extended_l2()
-            && let Err(error) = entry.decode(g)
+            && let Err(error) = in_some_file(entry, elsewhere, g).decode(g)
         {
             complaint = Some(("l2-subclusters", format!("{error}; the guest cannot read this cluster")));
         }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pleach_engine::survey::Trust;
+use pleach_engine::survey::{FileFormat, Trust};
 
 /// Keeps trees of qcow2 disk images: shows, merges and deletes any node without losing a byte.
 #[derive(Debug, Parser)]
@@ -24,6 +24,10 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Create a new, empty image
     Create(CreateArgs),
+    /// Make an image's disk longer or shorter
+    Resize(ResizeArgs),
+    /// List and change the persistent bitmaps of an image
+    Bitmap(BitmapArgs),
     /// Delete a node; the content of every node that stays is unchanged
     Delete(DeleteArgs),
     /// Finish interrupted operations
@@ -144,6 +148,25 @@ pub(crate) struct CheckArgs {
     pub(crate) trust: TrustArgs,
 }
 
+/// What the images that are opened may make us open.
+#[derive(Debug, Args)]
+pub(crate) struct OpenArgs {
+    /// Follow backing file names into other directories too
+    #[arg(long)]
+    pub(crate) chain: bool,
+    /// An external data file that may be opened, for the image that names it
+    #[arg(long = "allow-data-file", value_name = "PATH")]
+    data_files: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl OpenArgs {
+    pub(crate) fn trust(&self) -> Trust {
+        Trust { chain: self.chain, data_files: self.data_files.clone(), ..self.trust.trust() }
+    }
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct CreateArgs {
     /// The new image; it must not be there yet
@@ -157,6 +180,16 @@ pub(crate) struct CreateArgs {
     /// Format of the backing file; found out by looking if left out
     #[arg(short = 'F', long, value_parser = ["qcow2", "raw"], requires = "backing")]
     pub(crate) backing_format: Option<String>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What a new qcow2 image is like, whatever is written into it.
+#[derive(Debug, Args)]
+pub(crate) struct LayoutArgs {
     /// Cluster size, 512 to 2M
     #[arg(long, default_value = "64k", value_name = "SIZE")]
     pub(crate) cluster_size: String,
@@ -166,9 +199,142 @@ pub(crate) struct CreateArgs {
     /// Format version
     #[arg(long, default_value = "v3", value_parser = ["v3", "v2", "1.1", "0.10"])]
     pub(crate) compat: String,
+    /// How compressed clusters are compressed; zlib is deflate
+    #[arg(long, default_value = "zlib", value_parser = ["zlib", "zstd"])]
+    pub(crate) compression: String,
+    /// L2 entries that allocate 32nds of a cluster
+    #[arg(long)]
+    pub(crate) extended_l2: bool,
+    /// Let writers postpone refcounts; after a crash they are rebuilt
+    #[arg(long)]
+    pub(crate) lazy_refcounts: bool,
+    /// Put the guest's data into this file, which must not be there yet; relative names are relative to the new image's
+    /// directory
+    #[arg(long, value_name = "PATH")]
+    pub(crate) data_file: Option<PathBuf>,
+    /// Keep the data file a raw image of the disk
+    #[arg(long, requires = "data_file")]
+    pub(crate) data_file_raw: bool,
+    /// What is there before anything is written: nothing, the tables, space for the data too, or zeros
+    #[arg(long, default_value = "off", value_parser = ["off", "metadata", "falloc", "full"])]
+    pub(crate) preallocation: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResizeArgs {
+    /// The image
+    #[arg(value_name = "IMG")]
+    pub(crate) image: PathBuf,
+    /// The new size, such as 10G, or by how much it changes: +1G, -512M
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) size: String,
+    /// The disk may become shorter: what is behind the new end is lost
+    #[arg(long)]
+    pub(crate) shrink: bool,
+    /// Take the image to have this format; only needed for raw ones
+    #[arg(short, long, value_parser = format)]
+    pub(crate) format: Option<FileFormat>,
+    /// Show what would be done, and stop
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Shrink without asking
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// Taken for uniformity: a resize is not parallel
+    #[arg(long, value_name = "N", hide = true)]
+    pub(crate) jobs: Option<usize>,
+    /// Print exact sizes
+    #[arg(long)]
+    pub(crate) bytes: bool,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) read: OpenArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BitmapArgs {
+    #[command(subcommand)]
+    pub(crate) command: BitmapCommand,
+    /// Print exact sizes
+    #[arg(long, global = true)]
+    pub(crate) bytes: bool,
+    /// Print one JSON document: the bitmaps, as they are afterwards
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+/// What is done with bitmaps.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BitmapCommand {
+    /// Show the bitmaps of an image
+    List {
+        /// The image
+        #[arg(value_name = "IMG")]
+        image: PathBuf,
+        /// Look even while somebody writes
+        #[arg(short = 'U', long)]
+        force_share: bool,
+    },
+    /// Add a bitmap, all clear, that records what is written from now on
+    Add {
+        /// The image
+        #[arg(value_name = "IMG")]
+        image: PathBuf,
+        /// Its name
+        name: String,
+        /// Guest bytes a bit, a power of two from 512 to 2G; the cluster size, 4k to 64k, if left out
+        #[arg(short, long, value_name = "SIZE", value_parser = size)]
+        granularity: Option<u64>,
+        /// It does not record yet
+        #[arg(long)]
+        disabled: bool,
+    },
+    /// Remove a bitmap
+    Remove(NamedBitmap),
+    /// Let a bitmap record what is written
+    Enable(NamedBitmap),
+    /// Let a bitmap stop recording
+    Disable(NamedBitmap),
+    /// Clear all bits of a bitmap
+    Clear(NamedBitmap),
+    /// Set in a bitmap what is set in another one
+    Merge {
+        /// The image
+        #[arg(value_name = "IMG")]
+        image: PathBuf,
+        /// The bitmap that changes
+        #[arg(value_name = "TARGET")]
+        name: String,
+        /// The bitmap whose bits are added
+        #[arg(long, value_name = "NAME")]
+        from: String,
+        /// The image that has it, if it is another one
+        #[arg(short = 'b', long, value_name = "IMG2")]
+        source_file: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct NamedBitmap {
+    /// The image
+    #[arg(value_name = "IMG")]
+    pub(crate) image: PathBuf,
+    /// The bitmap
+    pub(crate) name: String,
+}
+
+impl BitmapCommand {
+    /// The image that is changed or listed.
+    pub(crate) fn image(&self) -> &std::path::Path {
+        match self {
+            Self::List { image, .. } | Self::Add { image, .. } | Self::Merge { image, .. } => image,
+            Self::Remove(named) | Self::Enable(named) | Self::Disable(named) | Self::Clear(named) => {
+                &named.image
+            }
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -252,6 +418,18 @@ pub(crate) fn parse() -> Result<Command, Failure> {
             json: std::env::args_os().any(|a| a == "--json"),
         },
     })
+}
+
+fn format(text: &str) -> Result<FileFormat, String> {
+    match text {
+        "qcow2" => Ok(FileFormat::Qcow2),
+        "raw" => Ok(FileFormat::Raw),
+        _ => Err("must be qcow2 or raw".to_owned()),
+    }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    crate::size::parse(text).ok_or_else(|| "must be a size such as 10G".to_owned())
 }
 
 fn keep(text: &str) -> Result<pleach_engine::Keep, String> {

@@ -1,16 +1,18 @@
 //! `pleach create`
 
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 
 use pleach_engine::{Error, ErrorKind, Result};
-use pleach_format::{BackingFile, RefcountWidth, Version};
-use pleach_image::{CreateOptions, Image, RawImage, backing_path, create};
+use pleach_format::{BackingFile, CompressionType, DataFile, FormatError, RefcountWidth, Version};
+use pleach_image::{CreateOptions, Image, NewDataFile, Preallocation, RawImage, backing_path, create};
 use pleach_store::{Access, Disk, RealDisk, Role};
 use serde_json::json;
 
-use crate::args::CreateArgs;
+use crate::args::{CreateArgs, LayoutArgs};
+use crate::target::directory;
 use crate::{output, size};
 
 pub(crate) fn run(args: &CreateArgs) -> Result<ExitCode> {
@@ -30,29 +32,17 @@ pub(crate) fn run(args: &CreateArgs) -> Result<ExitCode> {
             return Err(usage("a size is needed, since there is no backing file to take it from".into()));
         }
     };
-    let cluster = size::parse(&args.cluster_size).filter(|c| c.is_power_of_two());
-    let cluster =
-        cluster.ok_or_else(|| usage(format!("cluster size \"{}\" is no power of two", args.cluster_size)))?;
-    if !args.refcount_bits.is_power_of_two() {
-        return Err(usage(format!(
-            "refcount bits are {}, must be 1, 2, 4, 8, 16, 32 or 64",
-            args.refcount_bits
-        )));
-    }
-    let width = RefcountWidth::new(args.refcount_bits.ilog2()).map_err(|e| usage(e.to_string()))?;
-    let version = if matches!(args.compat.as_str(), "v2" | "0.10") { Version::V2 } else { Version::V3 };
-    if version == Version::V2 && width != RefcountWidth::DEFAULT {
-        return Err(usage(format!("refcount bits are {}, must be 16 with --compat v2", args.refcount_bits)));
-    }
-    let options =
-        CreateOptions { size: bytes, cluster_bits: cluster.ilog2(), version, refcount_width: width, backing };
+    let options = CreateOptions { size: bytes, backing, ..options(&args.layout, &args.image)? };
     if RealDisk.stat(&args.image).is_ok() {
         return Err(Error::new(ErrorKind::Failed, "the file is there already")
             .at(&args.image)
             .hint("create never overwrites; remove the file first, or choose another name"));
     }
+    if let Some(data) = &options.data_file {
+        look_at_data_file(data, &args.image)?;
+    }
     create(&RealDisk, &args.image, &options).map_err(|e| match e {
-        pleach_image::ImageError::Format { source, .. } => usage(source.to_string()),
+        pleach_image::ImageError::Format { source, .. } => refused(&source),
         other => Error::image(&args.image, other),
     })?;
     if args.json {
@@ -62,6 +52,89 @@ pub(crate) fn run(args: &CreateArgs) -> Result<ExitCode> {
         }));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the options of a new image say, without its size and backing file.
+fn options(args: &LayoutArgs, image: &Path) -> Result<CreateOptions> {
+    let smallest = if args.extended_l2 { 16 << 10 } else { 512 };
+    let cluster = size::parse(&args.cluster_size)
+        .filter(|c| c.is_power_of_two() && (smallest..=2 << 20).contains(c))
+        .ok_or_else(|| {
+            let (least, why) =
+                if args.extended_l2 { ("16k", " with extended L2 entries") } else { ("512", "") };
+            let given = &args.cluster_size;
+            usage(format!("cluster size is \"{given}\", must be a power of two from {least} to 2M{why}"))
+        })?;
+    let bits = args.refcount_bits;
+    let width = Some(bits).filter(|b| b.is_power_of_two()).and_then(|b| RefcountWidth::new(b.ilog2()).ok());
+    let refcount_width =
+        width.ok_or_else(|| usage(format!("refcount bits are {bits}, must be 1, 2, 4, 8, 16, 32 or 64")))?;
+    let version = if matches!(args.compat.as_str(), "v2" | "0.10") { Version::V2 } else { Version::V3 };
+    if version == Version::V2 && refcount_width != RefcountWidth::DEFAULT {
+        return Err(usage(format!("refcount bits are {bits}, must be 16 with --compat v2")));
+    }
+    let data_file = match &args.data_file {
+        None => None,
+        Some(name) => {
+            let bytes = name.as_os_str().as_bytes();
+            let path = backing_path(image, bytes).map_err(|_| {
+                usage(format!("data file name \"{}\" is not a plain path", pleach_image::escape(bytes)))
+                    .hint("a file really named a:b is called ./a:b")
+            })?;
+            Some(NewDataFile { path, named: DataFile { name: bytes.to_vec(), raw: args.data_file_raw } })
+        }
+    };
+    Ok(CreateOptions {
+        cluster_bits: cluster.ilog2(),
+        version,
+        refcount_width,
+        compression: match args.compression.as_str() {
+            "zstd" => CompressionType::Zstd,
+            _ => CompressionType::Deflate,
+        },
+        extended_l2: args.extended_l2,
+        lazy_refcounts: args.lazy_refcounts,
+        data_file,
+        preallocation: match args.preallocation.as_str() {
+            "metadata" => Preallocation::Metadata,
+            "falloc" => Preallocation::Falloc,
+            "full" => Preallocation::Full,
+            _ => Preallocation::Off,
+        },
+        ..CreateOptions::default()
+    })
+}
+
+/// Refuses a data file that is there already, and says how QEMU will find the new one.
+fn look_at_data_file(data: &NewDataFile, image: &Path) -> Result<()> {
+    if RealDisk.stat(&data.path).is_ok() {
+        return Err(Error::new(ErrorKind::Failed, "the data file is there already")
+            .at(&data.path)
+            .hint("create never overwrites; remove the file first, or choose another name"));
+    }
+    let name = Path::new(OsStr::from_bytes(&data.named.name));
+    let dir = directory(image);
+    let here = |dir: &Path| RealDisk.stat(dir).ok().map(|stat| stat.id);
+    if name.is_relative() && here(&dir) != here(Path::new(".")) {
+        output::warn(
+            &Error::new(ErrorKind::Failed, "QEMU looks for a relative data file from its working directory")
+                .at(name)
+                .hint(format!("run QEMU in {}, or give an absolute path", dir.display())),
+        );
+    }
+    Ok(())
+}
+
+/// Options that no image has, or not together.
+fn refused(source: &FormatError) -> Error {
+    let error = usage(source.to_string());
+    match source {
+        FormatError::OutOfRange { field: "size" | "refcount_table_clusters", .. } => {
+            error.hint("larger clusters allow for larger images")
+        }
+        FormatError::NeedsV3 { .. } => error.hint("leave out --compat v2"),
+        _ => error,
+    }
 }
 
 fn usage(message: String) -> Error {

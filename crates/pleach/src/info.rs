@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use pleach_engine::survey::{FileFormat, Survey};
 use pleach_engine::{Error, ErrorKind, Result};
-use pleach_format::{Autoclear, BitmapRecord, Compatible, Header, Incompatible, Version};
+use pleach_format::{Autoclear, BitmapRecord, Compatible, Header, Incompatible, LuksHeader, Version};
 use pleach_image::{Image, escape};
 use pleach_store::{Access, Disk, FileKind, RealDisk, Role};
 use serde_json::{Value, json};
@@ -79,7 +79,7 @@ fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Value>
             "filename": path.display().to_string(), "format": "raw", "version": null,
             "virtual_size": stat.len.next_multiple_of(512), "actual_size": stat.allocated, "cluster_size": null,
             "refcount_bits": null, "backing_file": null, "backing_format": null, "full_backing_file": null,
-            "data_file": null, "compression": null, "encryption": null, "features": features(None),
+            "data_file": null, "compression": null, "encryption": null, "luks": null, "features": features(None),
             "dirty": false, "corrupt": false, "snapshots": [], "bitmaps": [],
         }));
     }
@@ -135,12 +135,30 @@ fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Value> {
         "data_file": header.data_file().map(escape),
         "compression": header.compression().name(),
         "encryption": header.encryption().map(pleach_format::Encryption::name),
+        "luks": image.luks_header().map_err(wrap)?.map(|luks| self::luks(&luks)),
         "features": features(Some(header)),
         "dirty": header.incompatible().has(Incompatible::DIRTY),
         "corrupt": header.incompatible().has(Incompatible::CORRUPT),
         "snapshots": snapshots,
         "bitmaps": bitmaps,
     }))
+}
+
+fn luks(header: &LuksHeader) -> Value {
+    let slots: Vec<Value> = header
+        .slots
+        .iter()
+        .map(|slot| {
+            json!({
+                "active": slot.active, "key_offset": slot.key_offset, "iterations": slot.iterations,
+                "stripes": slot.stripes,
+            })
+        })
+        .collect();
+    json!({
+        "cipher": header.cipher, "mode": header.mode, "hash": header.hash, "key_bytes": header.key_bytes,
+        "payload_offset": header.payload_offset, "iterations": header.iterations, "uuid": header.uuid, "slots": slots,
+    })
 }
 
 fn features(header: Option<&Header>) -> Value {
@@ -167,6 +185,15 @@ fn features(header: Option<&Header>) -> Value {
             (Autoclear::BITMAPS.0, "bitmaps"), (Autoclear::RAW_DATA_FILE.0, "data-file-raw"),
         ]),
     })
+}
+
+/// Cipher, mode and used key slots of a LUKS header in one line.
+fn cipher(luks: &Value) -> Option<String> {
+    let word = |key| luks.get(key).and_then(Value::as_str);
+    let slots = luks.get("slots")?.as_array()?;
+    let active = slots.iter().filter(|s| s.get("active") == Some(&Value::Bool(true))).count();
+    let bits = luks.get("key_bytes").and_then(Value::as_u64)? * 8;
+    Some(format!("{}-{}, a key of {bits} bits, {active} of 8 key slots used", word("cipher")?, word("mode")?))
 }
 
 fn date(seconds: u32, nanoseconds: u32) -> Option<String> {
@@ -197,6 +224,7 @@ fn text(image: &Value, exact: bool) -> String {
         ("data file", plain("data_file")),
         ("compression", plain("compression")),
         ("encryption", plain("encryption")),
+        ("cipher", image.get("luks").and_then(cipher)),
     ];
     for (key, value) in rows {
         if let Some(value) = value {

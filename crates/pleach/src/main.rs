@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod bitmap;
 mod check;
 mod confirm;
 mod create;
@@ -10,6 +11,7 @@ mod demo;
 mod info;
 mod output;
 mod progress;
+mod resize;
 mod resume;
 mod size;
 mod target;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         Command::Info(args) => (args.json, info::run(&args)),
         Command::Check(args) => (args.json, check::run(&args)),
         Command::Create(args) => (args.json, create::run(&args)),
+        Command::Resize(args) => (args.json, resize::run(&args)),
+        Command::Bitmap(args) => (args.json, bitmap::run(&args)),
         Command::Delete(args) => (args.json, delete::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),
         Command::Demo(args) => (false, demo::run(&args)),

@@ -6,20 +6,27 @@ use core::ops::Range;
 
 use zerocopy::FromBytes;
 
-use crate::{BitmapsExtension, FormatError, Geometry, HostOffset, RefcountWidth, SnapshotRecord};
+use crate::error::check_range;
+use crate::{
+    BitmapsExtension, EncryptionPointer, FormatError, Geometry, HostOffset, RefcountWidth, SnapshotRecord,
+};
 
 mod backing;
 pub(crate) mod be;
+mod bitmaps;
 mod extension;
 mod new;
 mod raw;
+mod rewrite;
 pub mod root;
 
-pub use backing::{BackingChange, rewrite_backing};
+pub use backing::rewrite_backing;
+pub use bitmaps::rewrite_bitmaps;
 pub use extension::{Extension, ExtensionKind, FeatureName};
 pub use new::NewHeader;
 use raw::{MAGIC, V2_LENGTH, V3_MIN_LENGTH};
 pub use raw::{RawHeader, RawHeaderV3};
+pub use rewrite::HeaderChange;
 
 /// Most L1 entries that QEMU opens: 32 MiB of table.
 pub(crate) const MAX_L1_ENTRIES: u32 = 4 << 20;
@@ -439,11 +446,29 @@ impl Header {
     /// The bitmaps extension, if its data are consistent (autoclear bit 0).
     ///
     /// # Errors
-    /// As [`BitmapsExtension::parse`].
+    /// As [`BitmapsExtension::parse`], or a directory that is not cluster-aligned.
     pub fn bitmaps(&self) -> Result<Option<BitmapsExtension>, FormatError> {
         match self.extension(ExtensionKind::Bitmaps) {
-            Some(e) if self.autoclear.has(Autoclear::BITMAPS) => BitmapsExtension::parse(&e.data).map(Some),
+            Some(e) if self.autoclear.has(Autoclear::BITMAPS) => {
+                let extension = BitmapsExtension::parse(&e.data)?;
+                extension.check(self.geometry)?;
+                Ok(Some(extension))
+            }
             _ => Ok(None),
+        }
+    }
+
+    /// Where the LUKS header is; `None` unless the image is encrypted with LUKS.
+    ///
+    /// # Errors
+    /// [`FormatError::Missing`] if an image encrypted with LUKS does not say; as [`EncryptionPointer::parse`].
+    pub fn encryption_header(&self) -> Result<Option<EncryptionPointer>, FormatError> {
+        if self.encryption != Some(Encryption::Luks) {
+            return Ok(None);
+        }
+        match self.extension(ExtensionKind::EncryptionHeader) {
+            Some(e) => EncryptionPointer::parse(&e.data, self.geometry).map(Some),
+            None => Err(FormatError::Missing { structure: "full disk encryption header pointer" }),
         }
     }
 }
@@ -556,14 +581,6 @@ fn backing_file(
     }
     let format = extensions.iter().find(|e| e.kind == ExtensionKind::BackingFormat).map(|e| e.data.clone());
     Ok(BackingFile { name, format })
-}
-
-fn check_range(field: &'static str, value: u64, min: u64, max: u64) -> Result<(), FormatError> {
-    if (min..=max).contains(&value) {
-        Ok(())
-    } else {
-        Err(FormatError::OutOfRange { field, value, min, max })
-    }
 }
 
 fn truncated(needed: usize, bytes: &[u8]) -> FormatError {

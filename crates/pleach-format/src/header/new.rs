@@ -9,6 +9,7 @@ use super::{
     Autoclear, BackingFile, Compatible, CompressionType, DataFile, Extension, ExtensionKind, Incompatible,
     Version, extension,
 };
+use crate::error::check_range;
 use crate::{FormatError, Geometry, RefcountWidth};
 
 /// Everything a new image's header says. Equal values give equal bytes.
@@ -106,6 +107,8 @@ impl NewHeader {
         if !self.size.is_multiple_of(512) {
             return Err(FormatError::Unaligned { field: "size", value: self.size, alignment: 512 });
         }
+        let table_max = super::MAX_REFCOUNT_TABLE / geometry.cluster_size();
+        check_range("refcount_table_clusters", self.refcount_table_clusters.into(), 1, table_max)?;
         let l1_entries = geometry.required_l1(self.size);
         let l1_size = u32::try_from(l1_entries).ok().filter(|&n| n <= super::MAX_L1_ENTRIES).ok_or(
             FormatError::OutOfRange {

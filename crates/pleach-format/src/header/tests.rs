@@ -214,27 +214,43 @@ fn every_prefix_is_refused_or_equal() {
     }
 }
 
-/// Applies a change to `bytes` and parses the result; for an atomic change also checks that the bytes written first
-/// change nothing for a reader.
+/// What a crash can leave of `change`: the bytes after each of its steps, the last ones at the end; between two of them
+/// all states in which any of the sectors that a step touches have been written, and the others not.
+fn crash_states(bytes: &[u8], change: &HeaderChange) -> Vec<Vec<u8>> {
+    let HeaderChange::Steps(steps) = change else { panic!("{change:?}") };
+    let mut states = vec![bytes.to_vec()];
+    for (at, new) in steps {
+        let at = usize::try_from(at.0).unwrap();
+        let before = states.last().unwrap().clone();
+        let sectors = at / 512..(at + new.len()).div_ceil(512);
+        for written in 1..1u32 << sectors.len() {
+            let mut torn = before.clone();
+            for (i, sector) in sectors.clone().enumerate().filter(|(i, _)| written >> i & 1 != 0) {
+                let (from, to) = (at.max(sector * 512), (at + new.len()).min(sector * 512 + 512));
+                assert!(i < 8 && from < to);
+                put(&mut torn, from, &new[from - at..to - at]);
+            }
+            states.push(torn);
+        }
+    }
+    states
+}
+
+/// Applies a change to `bytes` and parses the result; for steps also checks that those before the last one change
+/// nothing for a reader.
 fn apply(bytes: &[u8], header: &Header, new: Option<&BackingFile>) -> (Header, bool) {
     let change = rewrite_backing(bytes, header, new).unwrap();
-    let mut after = bytes.to_vec();
-    let atomic = match change {
-        BackingChange::Atomic { prepare, sector } => {
-            if let Some((at, name)) = prepare {
-                put(&mut after, usize::try_from(at.0).unwrap(), &name);
-                let between = Header::parse(&after).unwrap();
-                assert_eq!(between.backing(), header.backing());
-            }
-            put(&mut after, 0, &sector[..]);
-            true
-        }
-        BackingChange::Whole { bytes } => {
-            put(&mut after, 0, &bytes);
-            false
-        }
-    };
-    (Header::parse(&after).unwrap(), atomic)
+    if let HeaderChange::Whole { bytes: whole } = change {
+        let mut after = bytes.to_vec();
+        put(&mut after, 0, &whole);
+        return (Header::parse(&after).unwrap(), false);
+    }
+    let states = crash_states(bytes, &change);
+    let (last, before) = states.split_last().unwrap();
+    for between in before {
+        assert_eq!(Header::parse(between).unwrap().backing(), header.backing());
+    }
+    (Header::parse(last).unwrap(), true)
 }
 
 #[test]
@@ -297,14 +313,9 @@ fn a_second_change_uses_the_room_that_the_first_left() {
             name: alloc::format!("name-{round}.qcow2").into_bytes(),
             format: Some(b"qcow2".to_vec()),
         };
-        let BackingChange::Atomic { prepare, sector } = rewrite_backing(&bytes, &header, Some(&new)).unwrap()
-        else {
-            panic!("round {round} is not atomic");
-        };
-        if let Some((at, name)) = prepare {
-            put(&mut bytes, usize::try_from(at.0).unwrap(), &name);
-        }
-        put(&mut bytes, 0, &sector[..]);
+        let change = rewrite_backing(&bytes, &header, Some(&new)).unwrap();
+        assert!(matches!(change, HeaderChange::Steps(_)), "round {round}");
+        bytes = crash_states(&bytes, &change).pop().unwrap();
         assert_eq!(Header::parse(&bytes).unwrap().backing(), Some(&new));
     }
 }
@@ -333,4 +344,176 @@ fn odd_headers_found_by_fuzzing() {
     assert!(!header.has_end_marker());
     assert_eq!(apply(&unmarked, &header, Some(&new)).0.backing(), Some(&new));
     assert!(apply(&unmarked, &header, None).0.backing().is_none());
+}
+
+/// A version 3 header of `length` bytes with `extensions` and a backing file `name`, the unknown fields not zero.
+fn built(bits: u32, length: u8, extensions: &[(ExtensionKind, Vec<u8>)], name: &str, valid: bool) -> Vec<u8> {
+    let mut bytes = NewHeader {
+        cluster_bits: 9,
+        size: 1 << 20,
+        l1_table_offset: 4 << bits,
+        refcount_table_offset: 1 << bits,
+        ..NewHeader::default()
+    }
+    .encode()
+    .unwrap();
+    bytes.truncate(104);
+    put(&mut bytes, 20, &bits.to_be_bytes());
+    put(&mut bytes, 88, &(1u64 << 40 | u64::from(valid)).to_be_bytes());
+    bytes[103] = length;
+    bytes.resize(112.min(length.into()), 0);
+    bytes.resize(length.into(), 0x5a);
+    for (kind, data) in extensions {
+        Extension { kind: *kind, data: data.clone(), at: 0 }.encode(&mut bytes);
+    }
+    bytes.extend([0; 8]);
+    if !name.is_empty() {
+        let at = bytes.len() as u64;
+        put(&mut bytes, 8, &at.to_be_bytes());
+        put(&mut bytes, 16, &u32::try_from(name.len()).unwrap().to_be_bytes());
+        bytes.extend(name.as_bytes());
+    }
+    bytes
+}
+
+type Kept = (Vec<u8>, Vec<(ExtensionKind, Vec<u8>)>, Option<BackingFile>);
+
+/// Everything that a change of the bitmaps must keep: the fixed header but for the autoclear bit and the place of the
+/// backing file's name, the other extensions in their order, the backing file.
+fn kept(bytes: &[u8]) -> Kept {
+    let header = Header::parse(bytes).unwrap();
+    let mut fixed = bytes[..header.header_length()].to_vec();
+    fixed[8..20].fill(0);
+    fixed[95] &= !1;
+    let others = header.extensions().iter().filter(|e| e.kind != ExtensionKind::Bitmaps);
+    (fixed, others.map(|e| (e.kind, e.data.clone())).collect(), header.backing().cloned())
+}
+
+#[test]
+fn t18_changes_of_the_bitmaps_keep_all_else_and_a_crash_leaves_the_old_ones_or_the_new() {
+    let extension = |n: u64| BitmapsExtension { count: 1, directory_size: 32 * n, directory_offset: n << 16 };
+    let (old, new) = (extension(7), extension(9));
+    let unknown = |len| (ExtensionKind::Unknown(0xabcd_0001), vec![0xcc; len]);
+    let format = (ExtensionKind::BackingFormat, b"raw".to_vec());
+    // No two places of a name look the same.
+    let text: alloc::string::String = (0..200).map(|i| std::format!("{i:03}")).collect();
+    let (mut stepwise, mut whole, mut full) = (0, 0, 0);
+    for bits in [9, 10, 12, 16] {
+        for (length, padding) in [104, 128].into_iter().flat_map(|l| (0..430).step_by(8).map(move |p| (l, p)))
+        {
+            for name in [0, 1, 8, 300, 600] {
+                for place in [None, Some(0), Some(1), Some(2)] {
+                    for valid in [true, false] {
+                        let mut extensions = vec![unknown(padding), (ExtensionKind::Unknown(3), vec![3; 5])];
+                        extensions.extend((name > 0).then(|| format.clone()));
+                        if let Some(place) = place {
+                            extensions
+                                .insert(place, (ExtensionKind::Bitmaps, old.encode().unwrap().to_vec()));
+                        }
+                        let mut bytes = built(bits, length, &extensions, &text[..name], valid);
+                        if bytes.len() > 1 << bits {
+                            continue;
+                        }
+                        // What lies behind is not looked at.
+                        bytes.resize(4096.min(1 << bits), 0x77);
+                        let before = Header::parse(&bytes).unwrap();
+                        let was = before.bitmaps().unwrap();
+                        assert_eq!(was, (valid && place.is_some()).then_some(old));
+                        for want in [Some(new), Some(old), None] {
+                            let case =
+                                std::format!("{bits} {length} {padding} {name} {place:?} {valid} {want:?}");
+                            let change = match rewrite_bitmaps(&bytes, &before, want.as_ref()) {
+                                Ok(change) => change,
+                                Err(FormatError::HeaderFull { .. }) => {
+                                    assert!(place.is_none() && want.is_some(), "{case}");
+                                    full += 1;
+                                    continue;
+                                }
+                                Err(error) => panic!("{case}: {error}"),
+                            };
+                            if let HeaderChange::Whole { bytes: relaid } = &change {
+                                assert!(
+                                    place.is_none() && want.is_some(),
+                                    "{case}: only where names are moved"
+                                );
+                                assert_eq!(kept(relaid), kept(&bytes), "{case}");
+                                assert_eq!(Header::parse(relaid).unwrap().bitmaps().unwrap(), want, "{case}");
+                                whole += 1;
+                                continue;
+                            }
+                            let states = crash_states(&bytes, &change);
+                            for state in &states {
+                                assert_eq!(kept(state), kept(&bytes), "{case}");
+                                let found = Header::parse(state).unwrap().bitmaps().unwrap();
+                                assert!(
+                                    found == was || found == want || found.is_none(),
+                                    "{case}: {found:?}"
+                                );
+                            }
+                            let after = Header::parse(states.last().unwrap()).unwrap();
+                            assert_eq!(after.bitmaps().unwrap(), want, "{case}");
+                            assert_eq!(after.autoclear().0 & 1, u64::from(want.is_some()), "{case}");
+                            stepwise += 1;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(stepwise > 20_000 && whole > 0 && full > 0, "{stepwise} {whole} {full}");
+}
+
+#[test]
+fn an_extension_within_one_sector_is_replaced_by_one_write() {
+    let encoded = |n: u64| {
+        BitmapsExtension { count: 1, directory_size: 32, directory_offset: n << 16 }.encode().unwrap()
+    };
+    for padding in (0..900).step_by(8) {
+        let extensions = [
+            (ExtensionKind::Unknown(1), vec![0; padding]),
+            (ExtensionKind::Bitmaps, encoded(7).to_vec()),
+            (ExtensionKind::Unknown(2), vec![0; 900]),
+        ];
+        let bytes = built(16, 112, &extensions, "", true);
+        let header = Header::parse(&bytes).unwrap();
+        let at = header.extension(ExtensionKind::Bitmaps).unwrap().at + 8;
+        let new = BitmapsExtension::parse(&encoded(9)).unwrap();
+        let HeaderChange::Steps(steps) = rewrite_bitmaps(&bytes, &header, Some(&new)).unwrap() else {
+            panic!("{padding}");
+        };
+        let within = at / 512 == (at + 23) / 512;
+        assert_eq!(steps.len(), if within { 1 } else { 3 }, "{padding}");
+    }
+}
+
+#[test]
+fn bitmaps_that_no_header_can_name_are_refused() {
+    let fine = BitmapsExtension { count: 1, directory_size: 32, directory_offset: 7 << 16 };
+    let v2 = valid(Version::V2, 16, None);
+    let mut v3 = valid(Version::V3, 16, None);
+    v3.resize(v3.len().max(512), 0);
+    let rewrite = |bytes: &[u8], new| rewrite_bitmaps(bytes, &Header::parse(bytes).unwrap(), Some(&new));
+    assert!(matches!(rewrite(&v2, fine), Err(FormatError::NeedsV3 { .. })));
+    for bad in [
+        BitmapsExtension { count: 0, ..fine },
+        BitmapsExtension { directory_size: 0, ..fine },
+        BitmapsExtension { directory_offset: 0, ..fine },
+        BitmapsExtension { directory_offset: 7 << 15, ..fine },
+    ] {
+        assert!(rewrite(&v3, bad).is_err(), "{bad:?}");
+    }
+    rewrite(&v3, fine).unwrap();
+}
+
+#[test]
+fn an_image_encrypted_with_luks_says_where_its_header_is() {
+    let mut bytes = valid(Version::V3, 16, None);
+    assert_eq!(Header::parse(&bytes).unwrap().encryption_header(), Ok(None));
+    put(&mut bytes, 32, &2u32.to_be_bytes());
+    assert!(matches!(Header::parse(&bytes).unwrap().encryption_header(), Err(FormatError::Missing { .. })));
+    let data = [0x40000u64.to_be_bytes(), 2_068_480u64.to_be_bytes()].concat();
+    let mut bytes = built(16, 112, &[(ExtensionKind::EncryptionHeader, data)], "", false);
+    put(&mut bytes, 32, &2u32.to_be_bytes());
+    let pointer = Header::parse(&bytes).unwrap().encryption_header().unwrap().unwrap();
+    assert_eq!((pointer.offset.0, pointer.length), (0x40000, 2_068_480));
 }
