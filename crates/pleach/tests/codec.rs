@@ -6,8 +6,8 @@ use std::fs;
 use std::path::Path;
 
 use pleach_format::{
-    BitmapCluster, BitmapRecord, BitmapTableEntry, ExtendedL2Entry, HostOffset, L2Entry, Mapping,
-    SnapshotRecord, Version,
+    BitmapCluster, BitmapRecord, BitmapTableEntry, CompressionType, ExtendedL2Entry, HostOffset, L2Entry,
+    Mapping, NewHeader, SnapshotRecord, Version, root,
 };
 use pleach_image::{Image, ImageError, set_bitmaps};
 use pleach_store::{Access, Disk, RealDisk};
@@ -146,36 +146,68 @@ fn bitmaps_taken_out_of_a_header_and_put_back_are_what_qemu_reads() {
     }
 }
 
+/// The mark of a file that is not yet whole keeps everybody off; without it the same bytes are an image.
+#[test]
+fn nobody_opens_an_image_that_is_being_written() {
+    let work = WorkDir::new("codec-unfinished");
+    let path = work.join("new.qcow2");
+    let new = NewHeader {
+        size: 1 << 20,
+        in_progress: true,
+        compression: CompressionType::Zstd,
+        ..NewHeader::default()
+    };
+    Tool::new(PLEACH).succeed(&["create", text(&path), "1M", "--compression", "zstd"]);
+    let whole = fs::read(&path).unwrap();
+    let mut bytes = whole.clone();
+    let header = new.encode().unwrap();
+    bytes[..header.len()].copy_from_slice(&header);
+    fs::write(&path, &bytes).unwrap();
+    for program in ["qemu-img", "qemu-io"] {
+        let args = if program == "qemu-img" {
+            vec!["info", text(&path)]
+        } else {
+            vec!["-c", "read 0 1k", text(&path)]
+        };
+        let outcome = Tool::new(program).run(&args);
+        assert!(outcome.code == Some(1) && outcome.text().contains("Unsupported qcow2 feature"), "{outcome}");
+    }
+    let outcome = Tool::new(PLEACH).run(&["info", text(&path)]);
+    assert!(outcome.code == Some(8) && outcome.stderr.contains("never finished"), "{outcome}");
+    let mut sector: [u8; 512] = bytes[..512].try_into().unwrap();
+    root::set_incompatible(&mut sector, new.incompatible().0);
+    bytes[..512].copy_from_slice(&sector);
+    assert!(bytes == whole);
+}
+
 #[test]
 fn info_shows_of_luks_what_qemu_img_shows() {
     let work = WorkDir::new("codec-luks");
-    for (name, more) in [
-        ("xts", ""),
-        ("cbc", ",encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256"),
+    let path = work.join("luks.qcow2");
+    let secret = "secret,id=key,data=pass";
+    let mode = "encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256";
+    let options = format!("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,{mode}");
+    qemu_img(&["create", "-q", "-f", "qcow2", "--object", secret, "-o", &options, text(&path), "1M"]);
+    let theirs = &oracle::info(&path)["format-specific"]["data"]["encrypt"];
+    let document = Tool::new(PLEACH).json(&["info", "--json", text(&path)]);
+    let ours = &document["images"][0]["luks"];
+    assert_eq!((&ours["cipher"], &ours["mode"]), (&"aes".into(), &"cbc-essiv:sha256".into()));
+    for (our_key, their_key) in [
+        ("uuid", "uuid"),
+        ("hash", "hash-alg"),
+        ("payload_offset", "payload-offset"),
+        ("iterations", "master-key-iters"),
     ] {
-        let path = work.join(format!("{name}.qcow2"));
-        let options = format!("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10{more}");
-        let secret = "secret,id=key,data=pass";
-        qemu_img(&["create", "-q", "-f", "qcow2", "--object", secret, "-o", &options, text(&path), "1M"]);
-        let theirs = &oracle::info(&path)["format-specific"]["data"]["encrypt"];
-        let document = Tool::new(PLEACH).json(&["info", "--json", text(&path)]);
-        let ours = &document["images"][0]["luks"];
-        assert_eq!(ours["uuid"], theirs["uuid"]);
-        assert_eq!(ours["cipher"], "aes");
-        assert_eq!(ours["mode"], if name == "xts" { "xts-plain64" } else { "cbc-essiv:sha256" });
-        assert_eq!(ours["hash"], theirs["hash-alg"]);
-        assert_eq!(ours["payload_offset"], theirs["payload-offset"]);
-        assert_eq!(ours["iterations"], theirs["master-key-iters"]);
-        let slots = theirs["slots"].as_array().unwrap();
-        assert_eq!(ours["slots"].as_array().unwrap().len(), slots.len());
-        for (ours, theirs) in ours["slots"].as_array().unwrap().iter().zip(slots) {
-            assert_eq!(ours["active"], theirs["active"]);
-            assert_eq!(ours["key_offset"], theirs["key-offset"]);
-            if theirs["active"] == true {
-                assert_eq!((&ours["iterations"], &ours["stripes"]), (&theirs["iters"], &theirs["stripes"]));
-            }
-        }
-        let shown = Tool::new(PLEACH).succeed(&["info", text(&path)]).stdout;
-        assert!(shown.contains("1 of 8 key slots used"), "{shown}");
+        assert_eq!(ours[our_key], theirs[their_key], "{our_key}");
     }
+    let (ours, theirs) = (ours["slots"].as_array().unwrap(), theirs["slots"].as_array().unwrap());
+    assert_eq!(ours.len(), theirs.len());
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        assert_eq!((&ours["active"], &ours["key_offset"]), (&theirs["active"], &theirs["key-offset"]));
+        if theirs["active"] == true {
+            assert_eq!((&ours["iterations"], &ours["stripes"]), (&theirs["iters"], &theirs["stripes"]));
+        }
+    }
+    let shown = Tool::new(PLEACH).succeed(&["info", text(&path)]).stdout;
+    assert!(shown.contains("1 of 8 key slots used"), "{shown}");
 }

@@ -7,6 +7,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use pleach_testkit::mount::TinyFs;
 use pleach_testkit::oracle::{self, in_parallel, qemu_img, qemu_img_in, qemu_io, text};
 use pleach_testkit::{Format, Tool, WorkDir};
 use serde_json::{Value, json};
@@ -304,6 +305,25 @@ fn combinations_that_qemu_img_refuses_are_refused_and_leave_nothing() {
     // A data file is not left behind when the image's name is taken.
     let taken = Tool::new(PLEACH).run(&["create", there, "1G", "--data-file", "d.raw"]);
     assert_eq!((taken.code, fs::read_dir(&*work).unwrap().count()), (Some(1), 2), "{taken}");
+}
+
+/// Space that is not there is missed before anything is written, and nothing is left.
+#[test]
+fn a_full_disk_leaves_nothing() {
+    let Some(small) = TinyFs::mount(16 << 20) else { return };
+    let path = small.path().join("a.qcow2");
+    for options in [
+        &["1G", "--preallocation", "falloc"][..],
+        &["1G", "--preallocation", "full"],
+        &["1G", "--preallocation", "full", "--data-file", "a.raw"],
+        &["1T", "--preallocation", "metadata"],
+    ] {
+        let outcome = Tool::new(PLEACH).run(&[&["create", text(&path)][..], options].concat());
+        assert_eq!(outcome.code, Some(1), "{outcome}");
+        assert!(outcome.stderr.contains("No space left"), "{outcome}");
+        assert_eq!(fs::read_dir(small.path()).unwrap().count(), 0, "{outcome}");
+    }
+    Tool::new(PLEACH).succeed(&["create", text(&path), "1G", "--preallocation", "metadata"]);
 }
 
 /// A terabyte of tables is written as fast as memory and disk go.

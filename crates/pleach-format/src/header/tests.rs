@@ -517,3 +517,53 @@ fn an_image_encrypted_with_luks_says_where_its_header_is() {
     let pointer = Header::parse(&bytes).unwrap().encryption_header().unwrap().unwrap();
     assert_eq!((pointer.offset.0, pointer.length), (0x40000, 2_068_480));
 }
+
+#[test]
+fn t18_a_new_backing_file_keeps_unknown_extensions_and_unknown_header_bytes() {
+    let unknown =
+        [(ExtensionKind::Unknown(0xabcd_0001), vec![1; 13]), (ExtensionKind::Unknown(2), vec![2; 40])];
+    for length in [104, 128] {
+        for bits in [9, 16] {
+            let mut bytes = built(bits, length, &unknown, "", true);
+            bytes.resize(512, 0);
+            // Twice, and back to none: neither the order of the extensions nor any byte of the header turns.
+            for name in ["one", "another name", ""] {
+                let new = BackingFile { name: name.into(), format: Some(b"raw".to_vec()) };
+                let new = (!name.is_empty()).then_some(new);
+                let header = Header::parse(&bytes).unwrap();
+                let change = rewrite_backing(&bytes, &header, new.as_ref()).unwrap();
+                let before = kept(&bytes);
+                bytes = crash_states(&bytes, &change).pop().unwrap();
+                let after = Header::parse(&bytes).unwrap();
+                assert_eq!(after.header_length(), usize::from(length));
+                assert_eq!(after.backing(), new.as_ref());
+                let (fixed, extensions, _) = kept(&bytes);
+                assert_eq!(fixed, before.0, "{length} {name}");
+                let others = |all: &[(ExtensionKind, Vec<u8>)]| -> Vec<_> {
+                    all.iter().filter(|e| e.0 != ExtensionKind::BackingFormat).cloned().collect()
+                };
+                assert_eq!(others(&extensions), unknown, "{length} {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn t10_the_header_of_version_2_ends_at_72() {
+    let bytes = valid(Version::V2, 16, Some(("base.raw", "raw")));
+    let header = Header::parse(&bytes).unwrap();
+    assert_eq!(header.header_length(), 72);
+    assert_eq!(header.extensions()[0].at, 72, "extensions start there");
+    assert_eq!((header.refcount_width(), header.incompatible().0), (RefcountWidth::DEFAULT, 0));
+    // What would be an unknown incompatible feature is the type of an extension.
+    let mut feature = valid(Version::V2, 16, None);
+    feature.resize(4096, 0);
+    feature[79] = 0x20;
+    let header = Header::parse(&feature).unwrap();
+    assert_eq!(header.incompatible().0, 0);
+    put(&mut feature, 72, &[0xff; 8]);
+    assert!(matches!(
+        Header::parse(&feature),
+        Err(FormatError::OutOfRange { field: "header extension length", .. })
+    ));
+}
