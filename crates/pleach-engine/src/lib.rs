@@ -28,6 +28,7 @@
 //! Not for: showing progress or asking questions; that is the caller's, through [`Watch`] and the plan.
 #![forbid(unsafe_code)]
 
+pub mod convert;
 mod delete;
 mod error;
 mod execute;
@@ -37,6 +38,7 @@ mod journal;
 mod leaks;
 mod names;
 mod open;
+mod partial;
 mod repair;
 mod resume;
 mod scan;

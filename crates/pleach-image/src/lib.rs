@@ -24,6 +24,7 @@
 //! Not for: deciding what to copy where (that is `pleach-plan`), nor for threads (`pleach-engine`).
 #![forbid(unsafe_code)]
 
+mod bulk;
 mod census;
 mod chain;
 mod check;
@@ -41,6 +42,7 @@ mod tables;
 mod walk;
 mod write;
 
+pub use bulk::{Bulk, Content, Finished, Measure, Piecework, measure};
 pub use census::{census, leaked};
 pub use chain::{Chain, Layer, Piece, PieceKind, RawImage};
 pub use check::{CheckReport, check, copied_repairs};

@@ -164,6 +164,14 @@ pub trait Disk: Send + Sync + std::fmt::Debug {
     /// What the system says.
     fn unlink(&self, path: &Path) -> io::Result<()>;
 
+    /// Bytes that may still be written on the file system of `path`; `None` if nobody knows.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn free_space(&self, _path: &Path) -> io::Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Makes changes of names in `dir` durable.
     ///
     /// # Errors
@@ -249,6 +257,11 @@ impl Disk for RealDisk {
 
     fn unlink(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
+    }
+
+    fn free_space(&self, path: &Path) -> io::Result<Option<u64>> {
+        let stat = nix::sys::statvfs::statvfs(path)?;
+        Ok(Some(stat.blocks_available() * stat.fragment_size()))
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

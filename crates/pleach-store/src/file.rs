@@ -151,6 +151,10 @@ impl Store for FileStore {
         Ok(found)
     }
 
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        seek(&self.file, offset, Whence::SeekData)
+    }
+
     fn stat(&self) -> io::Result<Stat> {
         Ok(Stat::of(&self.file.metadata()?))
     }
@@ -194,6 +198,8 @@ mod tests {
         assert!(ranges.iter().all(|r| r.end <= 1 << 20));
         assert!(covered >= 65536 && ranges.iter().any(|r| r.start <= 256 << 10 && r.end >= 320 << 10));
         assert_eq!(store.data_ranges(2 << 20..3 << 20).unwrap(), []);
+        assert!(store.next_data(0).unwrap().is_some_and(|at| at <= 256 << 10));
+        assert_eq!(store.next_data(2 << 20).unwrap(), None);
     }
 
     #[test]

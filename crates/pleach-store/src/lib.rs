@@ -118,6 +118,15 @@ pub trait Store: Send + Sync + std::fmt::Debug {
     /// What the system says.
     fn data_ranges(&self, range: Range<u64>) -> io::Result<Vec<Range<u64>>>;
 
+    /// The first byte from `offset` on that may be something else than zero; `None` if there is none in the file. Without
+    /// knowledge: `offset`.
+    ///
+    /// # Errors
+    /// What the system says.
+    fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        Ok(Some(offset))
+    }
+
     /// Facts about the open file.
     ///
     /// # Errors

@@ -28,6 +28,10 @@ pub(crate) enum Command {
     Resize(ResizeArgs),
     /// List and change the persistent bitmaps of an image
     Bitmap(BitmapArgs),
+    /// Copy an image into a new file of either format, with or without compression
+    Convert(ConvertArgs),
+    /// Show how large a copy of an image, or a new image, would be
+    Measure(MeasureArgs),
     /// Delete a node; the content of every node that stays is unchanged
     Delete(DeleteArgs),
     /// Finish interrupted operations
@@ -165,6 +169,78 @@ impl OpenArgs {
     pub(crate) fn trust(&self) -> Trust {
         Trust { chain: self.chain, data_files: self.data_files.clone(), ..self.trust.trust() }
     }
+}
+
+/// What a copy is like.
+#[derive(Debug, Args)]
+pub(crate) struct CopyArgs {
+    /// Format of the new file; if left out, raw for a name that ends in .raw or .img, else qcow2
+    #[arg(short = 'O', long = "to", value_parser = format, value_name = "FORMAT")]
+    pub(crate) to: Option<FileFormat>,
+    /// Format of the source; only needed for raw ones
+    #[arg(short, long, value_parser = format)]
+    pub(crate) format: Option<FileFormat>,
+    /// Copy this internal snapshot, by id or name, instead of the active state
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+    /// Backing file of the copy: only what differs from it is copied; relative names are relative to the copy's directory
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) backing: Option<PathBuf>,
+    /// Format of the backing file; found out by looking if left out
+    #[arg(short = 'F', long, value_parser = format, requires = "backing")]
+    pub(crate) backing_format: Option<FileFormat>,
+    #[command(flatten)]
+    pub(crate) layout: LayoutArgs,
+    /// Threads that read, compress and write; one a processor if left out
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Read even while somebody writes: what is read may be of no one moment
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// The image to copy
+    #[arg(value_name = "IN")]
+    pub(crate) source: PathBuf,
+    /// The new file; it must not be there yet
+    #[arg(value_name = "OUT")]
+    pub(crate) out: PathBuf,
+    /// Compress the copy
+    #[arg(short = 'c', long)]
+    pub(crate) compress: bool,
+    /// Level of compression: 1 to 9 for zlib, 1 to 19 for zstd
+    #[arg(long, value_name = "N", requires = "compress")]
+    pub(crate) level: Option<u32>,
+    /// Copy the source's bitmaps too
+    #[arg(long)]
+    pub(crate) bitmaps: bool,
+    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
+    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
+    pub(crate) progress: String,
+    #[command(flatten)]
+    pub(crate) copy: CopyArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MeasureArgs {
+    /// The image to copy
+    #[arg(value_name = "IMG", required_unless_present = "size", conflicts_with = "size")]
+    pub(crate) source: Option<PathBuf>,
+    /// Measure a new, empty image of this size instead
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) size: Option<u64>,
+    /// Print exact sizes
+    #[arg(long)]
+    pub(crate) bytes: bool,
+    #[command(flatten)]
+    pub(crate) copy: CopyArgs,
 }
 
 #[derive(Debug, Args)]

@@ -55,7 +55,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<ExitCode> {
 }
 
 /// What the options of a new image say, without its size and backing file.
-fn options(args: &LayoutArgs, image: &Path) -> Result<CreateOptions> {
+pub(crate) fn options(args: &LayoutArgs, image: &Path) -> Result<CreateOptions> {
     let smallest = if args.extended_l2 { 16 << 10 } else { 512 };
     let cluster = size::parse(&args.cluster_size)
         .filter(|c| c.is_power_of_two() && (smallest..=2 << 20).contains(c))
@@ -106,7 +106,7 @@ fn options(args: &LayoutArgs, image: &Path) -> Result<CreateOptions> {
 }
 
 /// Refuses a data file that is there already, and says how QEMU will find the new one.
-fn look_at_data_file(data: &NewDataFile, image: &Path) -> Result<()> {
+pub(crate) fn look_at_data_file(data: &NewDataFile, image: &Path) -> Result<()> {
     if RealDisk.stat(&data.path).is_ok() {
         return Err(Error::new(ErrorKind::Failed, "the data file is there already")
             .at(&data.path)
@@ -126,7 +126,7 @@ fn look_at_data_file(data: &NewDataFile, image: &Path) -> Result<()> {
 }
 
 /// Options that no image has, or not together.
-fn refused(source: &FormatError) -> Error {
+pub(crate) fn refused(source: &FormatError) -> Error {
     let error = usage(source.to_string());
     match source {
         FormatError::OutOfRange { field: "size" | "refcount_table_clusters", .. } => {

@@ -5,6 +5,7 @@ mod args;
 mod bitmap;
 mod check;
 mod confirm;
+mod convert;
 mod create;
 mod delete;
 mod demo;
@@ -37,6 +38,8 @@ fn main() -> ExitCode {
         Command::Create(args) => (args.json, create::run(&args)),
         Command::Resize(args) => (args.json, resize::run(&args)),
         Command::Bitmap(args) => (args.json, bitmap::run(&args)),
+        Command::Convert(args) => (args.copy.json, convert::run(&args)),
+        Command::Measure(args) => (args.copy.json, convert::measure(&args)),
         Command::Delete(args) => (args.json, delete::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),
         Command::Demo(args) => (false, demo::run(&args)),

@@ -1,0 +1,348 @@
+//! A few clusters on their way: read, looked at, compressed, placed, written.
+
+use std::ops::Range;
+
+use pleach_format::{Geometry, GuestCluster, GuestOffset, Version};
+use pleach_image::{Bulk, Chain, Compressor, Content, ImageError, Piecework};
+use pleach_store::Store;
+
+use crate::is_zero;
+
+/// Zeros of this length are left out of what is written: the file is new, and has a hole there.
+const HOLE: usize = 4096;
+
+/// What a new image needs to know to say what becomes of a cluster.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct Look<'a> {
+    pub(crate) source: &'a Chain,
+    /// The new image's backing files.
+    pub(crate) below: Option<&'a Chain>,
+    pub(crate) geometry: Geometry,
+    pub(crate) version: Version,
+}
+
+impl Look<'_> {
+    /// Whether a few bytes of most clusters say what becomes of them.
+    pub(crate) fn is_short(&self) -> bool {
+        self.below.is_none() && !self.geometry.extended_l2()
+    }
+}
+
+/// Bytes of a batch that go to one place.
+#[derive(Clone, Debug)]
+struct Write {
+    offset: u64,
+    packed: bool,
+    range: Range<usize>,
+}
+
+/// Some clusters, in guest order, and the buffers for them, which are used again.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    /// Guest ranges, whole clusters.
+    ranges: Vec<Range<u64>>,
+    bytes: Vec<u8>,
+    below: Vec<u8>,
+    packed: Vec<u8>,
+    /// Guest cluster, what becomes of it, and its bytes: in `packed` if it is compressed, else in `bytes`.
+    clusters: Vec<(GuestCluster, Content, Range<usize>)>,
+    writes: Vec<Write>,
+    compressor: Option<Compressor>,
+}
+
+impl Batch {
+    /// An empty batch, whose clusters will be compressed if there is a compressor.
+    pub(crate) fn new(compressor: Option<Compressor>) -> Self {
+        Self { compressor, ..Self::default() }
+    }
+
+    /// Takes the next ranges from the front of `waiting`, whole clusters, `limit` bytes at most.
+    pub(crate) fn take(&mut self, waiting: &mut Vec<Range<u64>>, limit: u64) {
+        self.ranges.clear();
+        self.clusters.clear();
+        self.writes.clear();
+        let mut left = limit;
+        while left > 0
+            && let Some(range) = waiting.last_mut()
+        {
+            let end = range.end.min(range.start + left);
+            left -= end - range.start;
+            self.ranges.push(range.start..end);
+            range.start = end;
+            if range.is_empty() {
+                waiting.pop();
+            }
+        }
+    }
+
+    /// Whether there is nothing in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// Reads the clusters.
+    ///
+    /// # Errors
+    /// What reading says.
+    pub(crate) fn read(&mut self, source: &Chain) -> Result<(), ImageError> {
+        read(source, &self.ranges, &mut self.bytes)
+    }
+
+    /// Reads the clusters, says what becomes of each, and compresses those that are to be.
+    ///
+    /// # Errors
+    /// What reading says.
+    pub(crate) fn look(&mut self, look: &Look<'_>) -> Result<(), ImageError> {
+        self.read(look.source)?;
+        if let Some(below) = look.below {
+            read(below, &self.ranges, &mut self.below)?;
+        }
+        self.packed.clear();
+        let (size, mut at) = (look.geometry.cluster_bytes(), 0);
+        for range in &self.ranges {
+            for guest in range.clone().step_by(size) {
+                let place = at..at + size;
+                at += size;
+                let cluster = self.bytes.get(place.clone()).unwrap_or(&[]);
+                let below = look.below.map(|_| self.below.get(place.clone()).unwrap_or(&[]));
+                let content = content(look, cluster, below);
+                let index = look.geometry.guest_cluster(GuestOffset(guest));
+                let Some(content) = content else { continue };
+                let mut item = (index, content, place);
+                if let (Content::Plain | Content::Subclusters { .. }, Some(compressor)) =
+                    (content, &mut self.compressor)
+                {
+                    let start = self.packed.len();
+                    if let Some(len) = compressor.append(cluster, &mut self.packed) {
+                        item = (index, Content::Packed(len), start..start + len);
+                    }
+                }
+                self.clusters.push(item);
+            }
+        }
+        Ok(())
+    }
+
+    /// Says what becomes of each cluster, reading no more than that needs; [`read`](Self::read) must come before
+    /// [`write`](Self::write) if [`Look::is_short`].
+    ///
+    /// # Errors
+    /// What reading says.
+    pub(crate) fn survey(&mut self, look: &Look<'_>) -> Result<(), ImageError> {
+        if !look.is_short() {
+            return self.look(look);
+        }
+        let size = look.geometry.cluster_bytes();
+        self.bytes.resize(size, 0);
+        // Nearly every cluster with data shows it at its start.
+        let (head, tail) = self.bytes.split_at_mut(size.min(HOLE));
+        for (n, guest) in self.ranges.iter().flat_map(|r| r.clone().step_by(size)).enumerate() {
+            look.source.read_at(guest, head)?;
+            let mut zero = is_zero(head);
+            if zero {
+                look.source.read_at(guest + head.len() as u64, tail)?;
+                zero = is_zero(tail);
+            }
+            if !zero {
+                let index = look.geometry.guest_cluster(GuestOffset(guest));
+                self.clusters.push((index, Content::Plain, n * size..(n + 1) * size));
+            }
+        }
+        Ok(())
+    }
+
+    /// Fixes where everything goes; with `fill`, clusters before that were left out get a place too. Tables that are
+    /// complete go to `tables`.
+    ///
+    /// # Errors
+    /// As [`Bulk::place`], and what `tables` says.
+    pub(crate) fn place(
+        &mut self,
+        bulk: &mut Bulk,
+        mut fill: Option<&mut Fill>,
+        tables: &mut Sink<'_>,
+    ) -> Result<(), ImageError> {
+        let subcluster = bulk.geometry().cluster_bytes() / 32;
+        for (cluster, content, range) in &self.clusters {
+            let mut content = *content;
+            if let Some(fill) = &mut fill {
+                fill.up_to(cluster.0, bulk, tables)?;
+                fill.next = cluster.0 + 1;
+                content = match content {
+                    Content::Zero if bulk.geometry().extended_l2() => {
+                        Content::Subclusters { data: 0, zero: u32::MAX }
+                    }
+                    Content::ZeroSubclusters(zero) => Content::Subclusters { data: 0, zero },
+                    other => other,
+                };
+            }
+            let offset = bulk.place(*cluster, content)?.0;
+            match content {
+                Content::Zero | Content::ZeroSubclusters(_) => {}
+                Content::Packed(_) => self.writes.push(Write { offset, packed: true, range: range.clone() }),
+                Content::Plain => self.writes.push(Write { offset, packed: false, range: range.clone() }),
+                Content::Subclusters { data, .. } => {
+                    for n in (0..32).filter(|n| data >> n & 1 != 0) {
+                        let from = range.start + n * subcluster;
+                        self.writes.push(Write {
+                            offset: offset + (n * subcluster) as u64,
+                            packed: false,
+                            range: from..from + subcluster,
+                        });
+                    }
+                }
+            }
+        }
+        self.join_writes();
+        tables(bulk.take_done())
+    }
+
+    /// Everything goes where the guest sees it, up to `size`.
+    pub(crate) fn place_raw(&mut self, size: u64) {
+        let mut at = 0;
+        for range in &self.ranges {
+            let len = usize::try_from(range.end.min(size).saturating_sub(range.start)).unwrap_or(0);
+            self.writes.push(Write { offset: range.start, packed: false, range: at..at + len });
+            at += usize::try_from(range.end - range.start).unwrap_or(0);
+        }
+    }
+
+    /// Bytes that are not part of a block of zeros.
+    pub(crate) fn nonzero_bytes(&self) -> u64 {
+        self.bytes.chunks(HOLE).filter(|block| !is_zero(block)).map(|block| block.len() as u64).sum()
+    }
+
+    fn join_writes(&mut self) {
+        self.writes.dedup_by(|next, last| {
+            let joins = last.packed == next.packed
+                && last.range.end == next.range.start
+                && last.offset + last.range.len() as u64 == next.offset;
+            if joins {
+                last.range.end = next.range.end;
+            }
+            joins
+        });
+    }
+
+    /// Writes everything but zeros, which are there already, and gives the number of bytes.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub(crate) fn write(&self, store: &dyn Store) -> Result<u64, ImageError> {
+        self.write_all(store).map_err(|source| ImageError::Io { what: "write the new file", source })
+    }
+
+    fn write_all(&self, store: &dyn Store) -> std::io::Result<u64> {
+        let mut written = 0;
+        for write in &self.writes {
+            let from = if write.packed { &self.packed } else { &self.bytes };
+            let bytes = from.get(write.range.clone()).unwrap_or(&[]);
+            if write.packed {
+                store.write_at(write.offset, bytes)?;
+                written += bytes.len() as u64;
+            } else {
+                written += write_sparse(store, write.offset, bytes)?;
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// Where complete tables go.
+pub(crate) type Sink<'a> = dyn FnMut(Vec<Piecework>) -> Result<(), ImageError> + 'a;
+
+/// Gives every cluster of the disk a place, also those without data (preallocation).
+#[derive(Debug)]
+pub(crate) struct Fill {
+    /// The next cluster without a place.
+    pub(crate) next: u64,
+    /// What becomes of a cluster without data.
+    content: Content,
+}
+
+impl Fill {
+    pub(crate) fn new(geometry: Geometry) -> Self {
+        let extended = Content::Subclusters { data: 0, zero: 0 };
+        Self { next: 0, content: if geometry.extended_l2() { extended } else { Content::Plain } }
+    }
+
+    /// Gives places to the clusters before `end`.
+    ///
+    /// # Errors
+    /// As [`Batch::place`].
+    pub(crate) fn up_to(
+        &mut self,
+        end: u64,
+        bulk: &mut Bulk,
+        tables: &mut Sink<'_>,
+    ) -> Result<(), ImageError> {
+        for index in self.next..end {
+            bulk.place(GuestCluster(index), self.content)?;
+            // A cluster of pointers at most is kept in memory.
+            if index.is_multiple_of(4096) {
+                tables(bulk.take_done())?;
+            }
+        }
+        self.next = self.next.max(end);
+        Ok(())
+    }
+}
+
+/// What becomes of a cluster with these bytes; `None` if it is not mentioned at all.
+fn content(look: &Look<'_>, cluster: &[u8], below: Option<&[u8]>) -> Option<Content> {
+    let says_zero = look.version == Version::V3;
+    match below {
+        Some(below) if cluster == below => None,
+        None if is_zero(cluster) => None,
+        Some(_) if says_zero && is_zero(cluster) => Some(Content::Zero),
+        _ if look.geometry.extended_l2() => Some(subclusters(cluster, below)),
+        _ => Some(Content::Plain),
+    }
+}
+
+fn subclusters(cluster: &[u8], below: Option<&[u8]>) -> Content {
+    let size = (cluster.len() / 32).max(1);
+    let (mut data, mut zero) = (0, 0);
+    for (n, part) in cluster.chunks(size).enumerate() {
+        let bit = 1 << n;
+        let below = below.and_then(|b| b.get(n * size..(n + 1) * size));
+        match below {
+            Some(below) if part == below => {}
+            None if is_zero(part) => {}
+            Some(_) if is_zero(part) => zero |= bit,
+            _ => data |= bit,
+        }
+    }
+    if data == 0 { Content::ZeroSubclusters(zero) } else { Content::Subclusters { data, zero } }
+}
+
+fn read(chain: &Chain, ranges: &[Range<u64>], bytes: &mut Vec<u8>) -> Result<(), ImageError> {
+    let len = ranges.iter().map(|r| r.end - r.start).sum::<u64>();
+    bytes.resize(usize::try_from(len).unwrap_or(0), 0);
+    let mut rest = bytes.as_mut_slice();
+    for range in ranges {
+        let (part, behind) = rest.split_at_mut(usize::try_from(range.end - range.start).unwrap_or(0));
+        chain.read_at(range.start, part)?;
+        rest = behind;
+    }
+    Ok(())
+}
+
+/// Writes what is not zeros, and gives the number of bytes.
+fn write_sparse(store: &dyn Store, offset: u64, bytes: &[u8]) -> std::io::Result<u64> {
+    let mut written = 0;
+    let mut start = 0;
+    let mut run = |range: Range<usize>| {
+        written += range.len() as u64;
+        let part = bytes.get(range.clone()).unwrap_or(&[]);
+        if part.is_empty() { Ok(()) } else { store.write_at(offset + range.start as u64, part) }
+    };
+    for (n, block) in bytes.chunks(HOLE).enumerate() {
+        if is_zero(block) {
+            run(start..n * HOLE)?;
+            start = n * HOLE + block.len();
+        }
+    }
+    run(start..bytes.len())?;
+    Ok(written)
+}

@@ -1,0 +1,364 @@
+//! Copies of images: a chain of any kind into one new file.
+//!
+//! Reading, looking for zeros and compressing run in parallel, and so does writing; in between, one thread decides where
+//! everything goes, in guest order. So equal inputs give equal files for any number of threads.
+
+mod batch;
+mod extents;
+mod measure;
+mod space;
+
+use std::ops::Range;
+use std::path::Path;
+
+use pleach_format::NewHeader;
+use pleach_image::{Bulk, Chain, Compressor, CreateOptions, ImageError, Piecework, Preallocation};
+use pleach_store::{Disk, Store};
+use rayon::prelude::*;
+
+use crate::partial::Partial;
+use crate::{Error, ErrorKind, Result, Watch};
+use batch::{Batch, Fill, Look};
+use extents::Extents;
+
+pub use measure::{Needed, measure_empty, measure_source};
+
+/// Guest bytes a batch, where clusters are not larger.
+const BATCH: u64 = 512 << 10;
+/// Batches a thread that are read while as many are written.
+const BATCHES: usize = 2;
+/// Zeros shorter than this are copied to raw files.
+const RAW_GRAIN: u64 = 4096;
+
+/// What the new file is.
+#[derive(Clone, Debug)]
+pub enum Target<'a> {
+    /// The guest's bytes, and nothing else.
+    Raw(Preallocation),
+    /// A qcow2 image.
+    Qcow2(NewImage<'a>),
+}
+
+/// A new qcow2 image.
+#[derive(Clone, Debug)]
+pub struct NewImage<'a> {
+    /// What it is like; the size is the source's.
+    pub options: CreateOptions,
+    /// Its backing files, top first: what they hold is not copied.
+    pub below: Option<&'a Chain>,
+    /// Compress clusters, at this level if one is said.
+    pub compress: Option<Option<u32>>,
+}
+
+/// What was made.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Converted {
+    /// Virtual size in bytes.
+    pub virtual_size: u64,
+    /// Length of the new file in bytes.
+    pub file_size: u64,
+    /// Bytes of guest data written, compressed ones as they are.
+    pub written: u64,
+}
+
+/// Writes what `source` reads as into the new file `out`, which has its name when it is whole and durable.
+///
+/// Memory: two times two batches a thread, a batch being 512 KiB or a larger cluster, each with its compressed form, and
+/// one table of each kind.
+///
+/// # Errors
+/// A file of that name; options that exclude each other; no space; damage in the source; [`ErrorKind::Interrupted`] if
+/// `watch` says stop. Nothing is left then.
+pub fn convert(
+    disk: &dyn Disk,
+    source: &Chain,
+    out: &Path,
+    target: &Target<'_>,
+    watch: &Watch,
+) -> Result<Converted> {
+    watch.expect(source.size());
+    match target {
+        Target::Raw(preallocation) => to_raw(disk, source, out, *preallocation, watch),
+        Target::Qcow2(image) => to_qcow2(disk, source, out, image, watch),
+    }
+}
+
+fn to_raw(
+    disk: &dyn Disk,
+    source: &Chain,
+    out: &Path,
+    preallocation: Preallocation,
+    watch: &Watch,
+) -> Result<Converted> {
+    let size = source.size();
+    space::check(disk, source, out, size, takes_space(preallocation))?;
+    let partial = Partial::create(disk, out)?;
+    let store = &**partial.store();
+    let io = |what: &'static str| move |e| Error::io(what, out, e);
+    store.set_len(size).map_err(io("make the file as long as the disk"))?;
+    preallocate(store, size, preallocation).map_err(io("reserve the space of the file"))?;
+    let mut job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
+    let written = job.run(
+        || Batch::new(None),
+        |_| Ok(()),
+        |batch| {
+            batch.place_raw(size);
+            Ok(())
+        },
+        |batch| {
+            batch.read(source)?;
+            batch.write(store)
+        },
+    )?;
+    store.barrier().map_err(io("flush the file"))?;
+    partial.publish()?;
+    Ok(Converted { virtual_size: size, file_size: size, written })
+}
+
+fn to_qcow2(
+    disk: &dyn Disk,
+    source: &Chain,
+    out: &Path,
+    image: &NewImage<'_>,
+    watch: &Watch,
+) -> Result<Converted> {
+    image.check()?;
+    // Also says that there is no such directory.
+    let budget = space::free(disk, out)?;
+    let (size, mut bulk) = (source.size(), image.bulk(source.size())?);
+    let unfinished = bulk.unfinished_header().map_err(option)?;
+    let most = image.largest(size)?;
+    if image.compress.is_none() {
+        space::check(disk, source, out, most, takes_space(image.options.preallocation))?;
+    }
+
+    let partial = Partial::create(disk, out)?;
+    let data_partial =
+        image.options.data_file.as_ref().map(|d| Partial::create(disk, &d.path)).transpose()?;
+    let store = &**partial.store();
+    let io = |what: &'static str| move |e| Error::io(what, out, e);
+    let wrap = |e: ImageError| Error::image(out, e);
+    let (data_store, all) = match &data_partial {
+        Some(data) => (&**data.store(), size),
+        None => (store, most),
+    };
+    if data_partial.is_some() {
+        data_store.set_len(size).map_err(io("make the data file as long as the disk"))?;
+    }
+    preallocate(data_store, all, image.options.preallocation).map_err(io("reserve the space of the file"))?;
+    store.write_at(0, &unfinished).map_err(io("write the header"))?;
+
+    let mut tables = |pieces: Vec<Piecework>| {
+        pieces
+            .iter()
+            .try_for_each(|piece| store.write_at(piece.offset, &piece.bytes))
+            .map_err(|source| ImageError::Io { what: "write a table", source })
+    };
+    let look = image.look(source, &bulk);
+    // Then clusters are read when they are written, while they are in the processor's cache.
+    let short = look.is_short() && image.compress.is_none();
+    let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
+    let mut job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
+    let written = job.run(
+        || Batch::new(image.compressor().ok().flatten()),
+        |batch| if short { batch.survey(&look) } else { batch.look(&look) },
+        |batch| {
+            batch.place(&mut bulk, fill.as_mut(), &mut tables).map_err(wrap)?;
+            match budget {
+                Some(free) if bulk.used() > free => Err(space::none(out, bulk.used(), free)),
+                _ => Ok(()),
+            }
+        },
+        |batch| {
+            if short {
+                batch.read(source)?;
+            }
+            batch.write(data_store)
+        },
+    )?;
+    if let Some(fill) = &mut fill {
+        let end = bulk.geometry().clusters_for(size).0;
+        fill.up_to(end, &mut bulk, &mut tables).map_err(wrap)?;
+    }
+    let finished = bulk.finish().map_err(wrap)?;
+    tables(finished.tables).map_err(wrap)?;
+    store.set_len(finished.len).map_err(io("set the length of the file"))?;
+    // Everything that the header leads to must be durable before any tool may open the file.
+    data_store.barrier().map_err(io("flush the guest data"))?;
+    store.barrier().map_err(io("flush the file"))?;
+    let mut head = finished.header;
+    head.resize(head.len().max(unfinished.len()), 0);
+    store.write_at(0, &head).map_err(io("write the header"))?;
+    // The image must be whole before it has its name, and its data file must be there before.
+    store.barrier().map_err(io("flush the header"))?;
+    if let Some(data) = data_partial {
+        data.publish()?;
+    }
+    partial.publish()?;
+    Ok(Converted { virtual_size: size, file_size: finished.len, written })
+}
+
+impl<'a> NewImage<'a> {
+    /// Refuses options that exclude each other.
+    fn check(&self) -> Result<()> {
+        let both = |one: &str, other: &str| {
+            Err(Error::new(ErrorKind::Usage, format!("{one} and {other} exclude each other")))
+        };
+        self.compressor()?;
+        if self.compress.is_some() && self.options.preallocation != Preallocation::Off {
+            return both("compression", "preallocation");
+        }
+        if self.compress.is_some() && self.options.data_file.is_some() {
+            return both("compression", "an external data file");
+        }
+        if self.options.backing.is_some()
+            && self.options.preallocation != Preallocation::Off
+            && !self.options.extended_l2
+        {
+            return Err(Error::new(
+                ErrorKind::Usage,
+                "a backing file and preallocation go together with extended L2 entries only",
+            ));
+        }
+        Ok(())
+    }
+
+    /// A compressor for one worker, if clusters are to be compressed.
+    fn compressor(&self) -> Result<Option<Compressor>> {
+        let new = |level| Compressor::new(self.options.compression, level);
+        self.compress.map(new).transpose().map_err(|e| Error::new(ErrorKind::Usage, e.to_string()))
+    }
+
+    /// The header for a disk of `size` bytes; where its tables are is decided later.
+    fn header(&self, size: u64) -> NewHeader {
+        let options = self.options.clone();
+        NewHeader {
+            version: options.version,
+            cluster_bits: options.cluster_bits,
+            size,
+            refcount_width: options.refcount_width,
+            backing: options.backing,
+            compression: options.compression,
+            extended_l2: options.extended_l2,
+            lazy_refcounts: options.lazy_refcounts,
+            data_file: options.data_file.map(|d| d.named),
+            ..NewHeader::default()
+        }
+    }
+
+    /// The layout of this image, for a disk of `size` bytes.
+    fn bulk(&self, size: u64) -> Result<Bulk> {
+        Bulk::new(self.header(size)).map_err(option)
+    }
+
+    /// Bytes of the image and its data file when the disk is full.
+    fn largest(&self, size: u64) -> Result<u64> {
+        pleach_image::measure(&self.header(size)).map(|m| m.metadata + m.disk).map_err(option)
+    }
+
+    fn look<'b>(&'b self, source: &'b Chain, bulk: &Bulk) -> Look<'b> {
+        Look { source, below: self.below, geometry: bulk.geometry(), version: self.options.version }
+    }
+
+    /// Where the new image may have to say something.
+    fn extents<'b>(&'b self, source: &'b Chain) -> Extents<'b> {
+        Extents::new([Some(source), self.below].into_iter().flatten().collect(), source.size())
+    }
+
+    /// Whether clusters without data have a place too.
+    fn fills(&self) -> bool {
+        self.options.preallocation != Preallocation::Off
+            || self.options.data_file.as_ref().is_some_and(|d| d.named.raw)
+    }
+}
+
+/// Whether all of the disk takes space.
+fn takes_space(preallocation: Preallocation) -> bool {
+    matches!(preallocation, Preallocation::Falloc | Preallocation::Full)
+}
+
+/// What an option that the format does not have means.
+fn option(error: ImageError) -> Error {
+    match error {
+        ImageError::Format { source, .. } => Error::new(ErrorKind::Usage, source.to_string()),
+        other => Error::new(ErrorKind::Usage, other.to_string()),
+    }
+}
+
+/// Makes sure that the first `len` bytes of a new file have their space.
+fn preallocate(store: &dyn Store, len: u64, preallocation: Preallocation) -> std::io::Result<()> {
+    if takes_space(preallocation) {
+        store.reserve(0..len)?;
+    }
+    if preallocation == Preallocation::Full {
+        let zeros = vec![0; 1 << 20];
+        let mut at = 0;
+        while at < len {
+            let part = usize::try_from(len - at).unwrap_or(usize::MAX).min(zeros.len());
+            store.write_at(at, zeros.get(..part).unwrap_or(&zeros))?;
+            at += part as u64;
+        }
+    }
+    Ok(())
+}
+
+/// The way of all batches of one disk.
+struct Job<'a> {
+    extents: Extents<'a>,
+    /// Clusters of the new file, or what counts as one.
+    grain: u64,
+    out: &'a Path,
+    watch: &'a Watch,
+    waiting: Vec<Range<u64>>,
+}
+
+impl<'a> Job<'a> {
+    fn new(extents: Extents<'a>, grain: u64, out: &'a Path, watch: &'a Watch) -> Self {
+        Self { extents, grain, out, watch, waiting: Vec::new() }
+    }
+
+    /// Takes all batches through `look` and `write`, many at a time, and in between through `place`, in guest order.
+    /// Gives the sum of what `write` says.
+    fn run(
+        &mut self,
+        new: impl Fn() -> Batch,
+        look: impl Fn(&mut Batch) -> Result<(), ImageError> + Sync,
+        mut place: impl FnMut(&mut Batch) -> Result<()>,
+        write: impl Fn(&mut Batch) -> Result<u64, ImageError> + Sync,
+    ) -> Result<u64> {
+        let wrap = |e| Error::image(self.out, e);
+        let round = || (0..BATCHES * rayon::current_num_threads()).map(|_| new()).collect::<Vec<_>>();
+        let (mut coming, mut going) = (round(), round());
+        let (mut written, mut shown) = (0, 0);
+        loop {
+            if self.watch.should_stop() {
+                return Err(Error::new(ErrorKind::Interrupted, "stopped; nothing was made").at(self.out));
+            }
+            for batch in &mut coming {
+                if self.waiting.is_empty() {
+                    let mut ranges = self.extents.next(self.grain).map_err(wrap)?.unwrap_or_default();
+                    ranges.reverse();
+                    self.waiting = ranges;
+                }
+                batch.take(&mut self.waiting, BATCH.max(self.grain));
+            }
+            // One set is read while the other one is written.
+            let (looked, wrote) = rayon::join(
+                || coming.par_iter_mut().filter(|b| !b.is_empty()).try_for_each(&look),
+                || going.par_iter_mut().map(&write).sum::<Result<u64, ImageError>>(),
+            );
+            written += wrote.map_err(wrap)?;
+            looked.map_err(wrap)?;
+            for batch in coming.iter_mut().filter(|b| !b.is_empty()) {
+                place(batch)?;
+            }
+            let done = self.extents.at().saturating_sub(self.waiting.iter().map(|r| r.end - r.start).sum());
+            self.watch.advance(done.saturating_sub(shown));
+            shown = shown.max(done);
+            std::mem::swap(&mut coming, &mut going);
+            if going.iter().all(Batch::is_empty) {
+                return Ok(written);
+            }
+        }
+    }
+}

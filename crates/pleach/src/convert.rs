@@ -1,0 +1,178 @@
+//! `pleach convert` and `pleach measure`
+
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use pleach_engine::convert::{NewImage, Target, convert, measure_empty, measure_source};
+use pleach_engine::survey::FileFormat;
+use pleach_engine::{Error, ErrorKind, Result, Source, SourceOptions, Watch};
+use pleach_format::BackingFile;
+use pleach_image::{CreateOptions, Preallocation, backing_path};
+use pleach_store::{Disk, RealDisk};
+use serde_json::json;
+
+use crate::args::{ConvertArgs, CopyArgs, MeasureArgs};
+use crate::progress::{Progress, Show};
+use crate::{create, output, size};
+
+pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
+    start_jobs(&args.copy)?;
+    if args.bitmaps {
+        return Err(Error::new(ErrorKind::Unsupported, "copying bitmaps is not supported").at(&args.source));
+    }
+    if RealDisk.stat(&args.out).is_ok() {
+        return Err(Error::new(ErrorKind::Failed, "the file is there already")
+            .at(&args.out)
+            .hint("nothing is overwritten; remove the file first, or choose another name"));
+    }
+    let source = open(&args.source, &args.copy)?;
+    let to = args.copy.to.unwrap_or_else(|| format_of_name(&args.out));
+    let backing =
+        args.copy.backing.as_deref().map(|name| open_backing(&args.copy, &args.out, name)).transpose()?;
+    let compress = args.compress.then_some(args.level);
+    let target = target(&args.copy, to, &args.out, compress, backing.as_ref())?;
+    if let Target::Qcow2(NewImage { options: CreateOptions { data_file: Some(data), .. }, .. }) = &target {
+        create::look_at_data_file(data, &args.out)?;
+    }
+    let watch = Arc::new(Watch::new());
+    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let made = convert(&RealDisk, &source.chain, &args.out, &target, &watch);
+    drop(progress);
+    let made = made?;
+    if args.copy.json {
+        output::document(&json!({
+            "schema": 1,
+            "converted": {
+                "filename": args.out.display().to_string(), "format": to.name(), "virtual_size": made.virtual_size,
+                "file_size": made.file_size, "bytes_written": made.written,
+            },
+        }));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(crate) fn measure(args: &MeasureArgs) -> Result<ExitCode> {
+    start_jobs(&args.copy)?;
+    let to = args.copy.to.unwrap_or(FileFormat::Qcow2);
+    // A backing file name is relative to the copy's directory: there is no copy, so to the working directory.
+    let nowhere = Path::new("copy");
+    let backing =
+        args.copy.backing.as_deref().map(|name| open_backing(&args.copy, nowhere, name)).transpose()?;
+    let target = target(&args.copy, to, nowhere, None, backing.as_ref())?;
+    let needed = match (&args.source, args.size) {
+        (Some(path), _) => measure_source(&open(path, &args.copy)?.chain, &target)?,
+        (None, Some(bytes)) => {
+            let whole = bytes.checked_next_multiple_of(512).filter(|&b| i64::try_from(b).is_ok());
+            measure_empty(whole.ok_or_else(|| usage(format!("size {bytes} is too large")))?, &target)?
+        }
+        (None, None) => return Err(usage("an image or --size is needed".to_owned())),
+    };
+    if args.copy.json {
+        output::document(&json!({
+            "schema": 1,
+            "required": needed.required,
+            "fully_allocated": needed.fully_allocated,
+            "bitmaps": needed.bitmaps,
+        }));
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut text = String::new();
+    for (label, bytes) in [
+        ("required size", Some(needed.required)),
+        ("fully allocated size", Some(needed.fully_allocated)),
+        ("bitmaps size", needed.bitmaps),
+    ] {
+        if let Some(bytes) = bytes {
+            text.push_str(&format!("{label}: {}\n", size::show(bytes, args.bytes)));
+        }
+    }
+    output::print(&text);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn usage(message: String) -> Error {
+    Error::new(ErrorKind::Usage, message)
+}
+
+fn start_jobs(args: &CopyArgs) -> Result<()> {
+    let Some(jobs) = args.jobs else { return Ok(()) };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(jobs)
+        .build_global()
+        .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))
+}
+
+/// The source, which can be read to its end.
+fn open(path: &Path, args: &CopyArgs) -> Result<Source> {
+    let options = SourceOptions {
+        format: args.format,
+        snapshot: args.snapshot.clone(),
+        trust: args.open.trust(),
+        share: args.force_share,
+    };
+    let source = Source::open(&RealDisk, path, &options)?;
+    source.check_readable()?;
+    if source.guessed_raw {
+        let error = Error::new(ErrorKind::Failed, "is not a qcow2 image; taken to be raw");
+        output::warn(&error.at(path).hint("say -f raw"));
+    }
+    Ok(source)
+}
+
+/// The backing file of a copy, and how its header names it.
+struct Below {
+    source: Source,
+    named: BackingFile,
+}
+
+fn open_backing(args: &CopyArgs, out: &Path, name: &Path) -> Result<Below> {
+    let bytes = name.as_os_str().as_bytes();
+    let path = backing_path(out, bytes).map_err(Error::from)?;
+    let options =
+        SourceOptions { format: args.backing_format, trust: args.open.trust(), ..SourceOptions::default() };
+    let source = Source::open(&RealDisk, &path, &options).map_err(|error| {
+        if error.kind == ErrorKind::NotFound && RealDisk.stat(name).is_ok() {
+            return error.hint("relative backing file names are relative to the copy's directory");
+        }
+        error
+    })?;
+    source.check_readable()?;
+    let raw = args.backing_format == Some(FileFormat::Raw) || source.guessed_raw;
+    let format = if raw { FileFormat::Raw } else { FileFormat::Qcow2 };
+    let named = BackingFile { name: bytes.to_vec(), format: Some(format.name().as_bytes().to_vec()) };
+    Ok(Below { source, named })
+}
+
+/// Raw for names that say so.
+fn format_of_name(path: &Path) -> FileFormat {
+    let raw = path.extension().is_some_and(|e| e == "raw" || e == "img");
+    if raw { FileFormat::Raw } else { FileFormat::Qcow2 }
+}
+
+/// What the copy, which will be at `out`, is to be.
+fn target<'a>(
+    args: &CopyArgs,
+    to: FileFormat,
+    out: &Path,
+    compress: Option<Option<u32>>,
+    below: Option<&'a Below>,
+) -> Result<Target<'a>> {
+    let mut options = create::options(&args.layout, out)?;
+    if to == FileFormat::Raw {
+        let preallocation = std::mem::take(&mut options.preallocation);
+        let only_qcow2 = [
+            ("-c", compress.is_some()),
+            ("-b", below.is_some()),
+            ("--preallocation metadata", preallocation == Preallocation::Metadata),
+            ("an option such as --cluster-size", options != CreateOptions::default()),
+        ];
+        if let Some((option, _)) = only_qcow2.iter().find(|(_, given)| *given) {
+            return Err(usage(format!("{option} is for qcow2 images, and the copy is raw")));
+        }
+        return Ok(Target::Raw(preallocation));
+    }
+    options.backing = below.map(|b| b.named.clone());
+    Ok(Target::Qcow2(NewImage { options, below: below.map(|b| &b.source.chain), compress }))
+}
