@@ -40,8 +40,11 @@ fn qemu_check(path: &Path) -> Option<(i32, String)> {
     Some((output.status.code().unwrap(), String::from_utf8_lossy(&output.stderr).into_owned()))
 }
 
-/// Ids of the internal snapshots, as qemu-img lists them; `None` if it cannot open the image.
-fn snapshots(path: &Path) -> Option<Vec<(String, u64)>> {
+/// Id and date of a snapshot.
+type SnapshotId = (String, u64);
+
+/// The internal snapshots, as qemu-img lists them; `None` if it cannot open the image.
+fn snapshots(path: &Path) -> Option<Vec<SnapshotId>> {
     let output =
         Command::new("qemu-img").args(["info", "--output=json", "-f", "qcow2", text(path)]).output().unwrap();
     let info: Value = serde_json::from_slice(&output.stdout).ok()?;
@@ -198,6 +201,7 @@ fn one(path: &Path, what: &str, tally: &mut Tally) {
     let before = content(path, None);
     let of_states: Vec<_> = states.iter().flatten().map(|s| (s.clone(), content(path, Some(&s.0)))).collect();
 
+    leaks_only(path, &damaged, what, theirs.as_ref().map(|t| t.0), before.as_deref(), &of_states);
     let repair = tool.run(&["check", "--repair", "all", "--json", text(path)]);
     let json = repair.json();
     let report = json.get("images").map(|i| i[0].clone());
@@ -205,6 +209,7 @@ fn one(path: &Path, what: &str, tally: &mut Tally) {
         // Refused by name, and untouched.
         assert!([4, 8].contains(&repair.code.unwrap()), "{what}: {repair}");
         assert!(fs::read(path).unwrap() == damaged, "{what}: a refusal changes nothing: {repair}");
+        println!("refused: {what}: {}", json["error"]["message"]);
         tally.refused += 1;
         return;
     };
@@ -258,6 +263,35 @@ fn one(path: &Path, what: &str, tally: &mut Tally) {
     tally.repaired += 1;
 }
 
+/// The safe repair: nothing reads differently, errors do not become more, leaks alone are gone.
+fn leaks_only(
+    path: &Path,
+    damaged: &[u8],
+    what: &str,
+    theirs: Option<i32>,
+    before: Option<&[u8]>,
+    of_states: &[(SnapshotId, Option<Vec<u8>>)],
+) {
+    let tool = Tool::new(PLEACH);
+    let repair = tool.run(&["check", "--repair", "leaks", "--json", text(path)]);
+    let undo = repair.json()["images"][0]["undo_file"].as_str().map(str::to_owned);
+    let Some(undo) = undo else {
+        assert!(fs::read(path).unwrap() == damaged, "{what}: no undo file, no change: {repair}");
+        return;
+    };
+    assert!(content(path, None).as_deref() == before, "{what}: reads differently\n{repair}");
+    for (state, before) in of_states {
+        assert!(content(path, Some(&state.0)) == *before, "{what}: {state:?} reads differently\n{repair}");
+    }
+    if theirs == Some(3) {
+        assert_eq!(qemu_check(path).map(|c| c.0), Some(0), "{what}: leaks are left\n{repair}");
+    }
+    let back = tool.run(&["check", "--undo", &undo, text(path)]);
+    assert_eq!(back.code, Some(0), "{what}: {back}");
+    assert!(fs::read(path).unwrap() == damaged, "{what}: undo brings every byte back");
+    fs::remove_file(undo).unwrap();
+}
+
 #[test]
 fn damaged_images_are_repaired_and_every_readable_byte_stays() {
     let work = WorkDir::new("repair");
@@ -286,5 +320,8 @@ fn damaged_images_are_repaired_and_every_readable_byte_stays() {
     }
     println!("{tally:?}");
     assert!(failures.is_empty(), "{} failed: {failures:#?}", failures.len());
-    assert!(few || (tally.repaired > 100 && tally.read > 100 && tally.refused < 30), "{tally:?}");
+    assert!(
+        few || (tally.repaired > 100 && tally.read > 100 && tally.refused < tally.repaired / 10),
+        "{tally:?}"
+    );
 }

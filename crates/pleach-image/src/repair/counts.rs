@@ -35,6 +35,14 @@ pub(crate) fn lower_leaks(repairer: &mut Repairer, before: &CheckReport) -> Resu
     }
     let image = repairer.image()?;
     let walked = walk(&image, &mut |_| Ok(()))?;
+    if shared(&walked) {
+        let message = format!(
+            "{} leaked clusters stay counted: a refcount block is where something else is, too",
+            before.leaks
+        );
+        repairer.note("leaks-left", "refcount block", None, None, message);
+        return Ok(());
+    }
     let mut doubtful = BTreeSet::new();
     for finding in &before.findings {
         if OF_ENTRIES.contains(&finding.code)
@@ -82,14 +90,17 @@ fn readings(image: &Image, entry: u64) -> BTreeSet<u64> {
 pub(crate) fn settle(repairer: &mut Repairer) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let mut damaged = repairer.rebuild;
-    let walked = walk(&image, &mut |finding| {
+    let mut walked = walk(&image, &mut |finding| {
         damaged |= matches!(finding.code, "refcount-block-pointer" | "refcount-table");
         Ok(())
     })?;
     let g = image.geometry();
     let place = walked.counts.place();
-    let own = structures(&walked.counts);
-    damaged |= own.iter().any(|&c| walked.census.count(HostCluster(c)) != 1);
+    damaged |= shared(&walked);
+    if damaged {
+        // They will be elsewhere.
+        forget_structures(&mut walked);
+    }
     let most = place.width.max();
     let mut too_many = None;
     walked.census.for_each(|cluster, references| {
@@ -115,12 +126,13 @@ pub(crate) fn settle(repairer: &mut Repairer) -> Result<(), ImageError> {
         set(repairer, &walked.counts, &in_place)?;
         return put_blocks(repairer, place, &blocks, &in_new);
     }
-    if damaged || !found.is_empty() {
-        let mut census = walked.census;
-        own_out(&mut census, &walked.counts);
-        rebuild(repairer, place, &census)?;
+    if !damaged && found.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    if !damaged {
+        forget_structures(&mut walked);
+    }
+    rebuild(repairer, place, &walked.census)
 }
 
 fn per_block(place: Place) -> u64 {
@@ -136,9 +148,14 @@ fn structures(counts: &RefcountTable) -> Vec<u64> {
     all
 }
 
-fn own_out(census: &mut Census, counts: &RefcountTable) {
-    for cluster in structures(counts) {
-        census.forget(HostCluster(cluster));
+/// Whether the refcount table or a block is where something else is, or another block.
+fn shared(walked: &Walked) -> bool {
+    structures(&walked.counts).iter().any(|&c| walked.census.count(HostCluster(c)) != 1)
+}
+
+fn forget_structures(walked: &mut Walked) {
+    for cluster in structures(&walked.counts) {
+        walked.census.forget(HostCluster(cluster));
     }
 }
 
