@@ -141,12 +141,13 @@ impl BitmapRecord {
         check_range("bitmap extra_data_size", self.extra.len() as u64, 0, 0)?;
         check_place("bitmap_table_offset", self.table_offset, geometry)?;
         let most = Self::MAX_TABLE.min(Self::MAX_BYTES / geometry.cluster_size());
+        check_range("bitmap_table_size", self.table_size.into(), 1, most)?;
         let needed = match self.flags & Self::IN_USE {
             // A stale bitmap may be one of a smaller disk.
             0 => geometry.clusters_for(Self::data_bytes(self.granularity_bits, size)).0,
             _ => 1,
         };
-        check_range("bitmap_table_size", self.table_size.into(), needed.clamp(1, most), most)
+        check_range("bitmap_table_size", self.table_size.into(), needed, needed.max(most))
     }
 
     /// Bytes of the entry in the directory, its padding included.
@@ -349,6 +350,10 @@ mod tests {
             let error = std::format!("{}", bad.check(g, 32 << 30).expect_err(want));
             assert!(error.contains(want), "{want}: {error}");
         }
+        // More than a bitmap can have: 512 MiB at 512 bytes a bit answer for 2 TiB.
+        let fine_grained = BitmapRecord { granularity_bits: 9, table_size: 8192, ..record(b"x") };
+        fine_grained.check(g, 2 << 40).unwrap();
+        assert!(fine_grained.check(g, (2 << 40) + 512).is_err());
         let stale = BitmapRecord { flags: BitmapRecord::IN_USE, granularity_bits: 15, ..record(b"x") };
         stale.check(g, 32 << 30).unwrap();
         assert_eq!(BitmapRecord::data_bytes(9, 0), 0);

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use pleach_alloc::{AllocError, Census, Place, RefcountTable};
 use pleach_format::{
-    BitmapRecord, ExtendedL2Entry, ExtensionKind, FormatError, Geometry, HostCluster, HostOffset,
-    Incompatible, L1Entry, L2Entry, Mapping, Version,
+    BitmapCluster, BitmapTableEntry, ExtendedL2Entry, ExtensionKind, FormatError, Geometry, HostCluster,
+    HostOffset, Incompatible, L1Entry, L2Entry, Mapping, Version,
 };
 
 use crate::image::{check_inside, read_l1};
@@ -329,7 +329,7 @@ impl Walk<'_> {
         for bitmap in bitmaps {
             let (at, bytes) = (bitmap.table_offset, u64::from(bitmap.table_size) * 8);
             let name = crate::escape(&bitmap.name);
-            if let Some(fault) = bitmap_fault(&bitmap, g, self.image.header().size()) {
+            if let Err(fault) = bitmap.check(g, self.image.header().size()) {
                 sink(bad("bitmap-entry", Some(at), format!("bitmap \"{name}\": {fault}")))?;
             }
             if let Err(error) = check_inside("bitmap table", at, bytes, file, g) {
@@ -389,53 +389,16 @@ fn in_some_file(entry: ExtendedL2Entry, elsewhere: bool, g: Geometry) -> Extende
     }
 }
 
-/// What makes QEMU refuse a bitmap directory entry, and with it the image.
-pub(crate) fn bitmap_fault(record: &BitmapRecord, g: Geometry, disk: u64) -> Option<String> {
-    let (at, bytes) = (record.table_offset, u64::from(record.table_size).saturating_mul(g.cluster_size()));
-    let known = BitmapRecord::IN_USE | BitmapRecord::AUTO;
-    let covered = (u128::from(bytes) * 8) << record.granularity_bits.min(63);
-    if record.kind != 1 {
-        return Some(format!("its type is {}, must be 1", record.kind));
-    }
-    if !(9..=31).contains(&record.granularity_bits) {
-        return Some(format!("its granularity is 2^{}, must be 2^9 to 2^31", record.granularity_bits));
-    }
-    if record.flags & !known != 0 {
-        return Some(format!("its flags are {:#x}, only 0x3 is known", record.flags));
-    }
-    if record.name.is_empty() || record.name.len() > 1023 {
-        return Some(format!("its name has {} bytes, must be 1 to 1023", record.name.len()));
-    }
-    if !record.extra.is_empty() {
-        return Some("it has extra data that nobody knows".to_owned());
-    }
-    if at == 0 || !g.is_aligned(at) {
-        return Some(format!("its table cannot be at {at:#x}"));
-    }
-    if bytes == 0 || bytes > MAX_BITMAP_BYTES {
-        return Some(format!("its table has {} entries", record.table_size));
-    }
-    // One that is in use says nothing about the disk any more.
-    if record.flags & BitmapRecord::IN_USE == 0 && u128::from(disk) > covered {
-        return Some(format!("it covers {covered} bytes of a disk of {disk}"));
-    }
-    None
-}
-
-/// Largest bitmap that QEMU loads.
-const MAX_BITMAP_BYTES: u64 = 0x2000_0000;
-
 /// Where an entry of a bitmap table leads to, or what is wrong with it.
 pub(crate) fn bitmap_entry_fault(entry: u64, g: Geometry, file: u64) -> Result<Option<u64>, String> {
-    let data = entry & 0x00ff_ffff_ffff_fe00;
-    if entry & 0xff00_0000_0000_01fe != 0 || (data != 0 && (entry & 1 != 0 || !g.is_aligned(data))) {
-        return Err(format!("table entry {entry:#x} breaks the format"));
+    match BitmapTableEntry(entry).decode(g).map_err(|error| error.to_string())? {
+        BitmapCluster::Zeros | BitmapCluster::Ones => Ok(None),
+        BitmapCluster::Data(data) => {
+            check_inside("bitmap data", data.0, g.cluster_size(), file, g)
+                .map_err(|error| error.to_string())?;
+            Ok(Some(data.0))
+        }
     }
-    if data == 0 {
-        return Ok(None);
-    }
-    check_inside("bitmap data", data, g.cluster_size(), file, g).map_err(|error| error.to_string())?;
-    Ok(Some(data))
 }
 
 /// What one L2 entry refers to in the file, and what is wrong with it although it can be followed.

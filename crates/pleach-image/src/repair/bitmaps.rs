@@ -6,7 +6,7 @@ use super::Repairer;
 use super::draft::Stage;
 use super::pointers::Roles;
 use crate::image::{Head, check_inside, read_head};
-use crate::walk::{bitmap_entry_fault, bitmap_fault};
+use crate::walk::bitmap_entry_fault;
 use crate::{ImageError, escape};
 
 /// Makes every bitmap that the image lists readable.
@@ -92,8 +92,8 @@ fn fault(
     };
     let Some(record) = records.first() else { return Ok(None) };
     let name = escape(&record.name);
-    if let Some(why) = bitmap_fault(record, g, header.size()) {
-        return Ok(Some((name, why)));
+    if let Err(why) = record.check(g, header.size()) {
+        return Ok(Some((name, why.to_string())));
     }
     let (at, bytes) = (record.table_offset, u64::from(record.table_size) * 8);
     let len = repairer.draft.old_len();
