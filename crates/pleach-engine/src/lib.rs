@@ -28,6 +28,7 @@
 //! Not for: showing progress or asking questions; that is the caller's, through [`Watch`] and the plan.
 #![forbid(unsafe_code)]
 
+mod compare;
 pub mod convert;
 mod delete;
 mod error;
@@ -36,6 +37,7 @@ pub mod family;
 pub mod import;
 mod journal;
 mod leaks;
+mod map;
 mod names;
 mod open;
 mod partial;
@@ -48,12 +50,14 @@ pub mod survey;
 mod trust;
 mod watch;
 
+pub use compare::{Comparison, Difference, compare};
 pub use delete::{
     DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, StateFill, Work, prepare,
 };
 pub use error::{Error, ErrorKind, Result};
 pub use execute::{Outcome, execute};
 pub use journal::{Intent, JournalImage, pending};
+pub use map::{Extent, map};
 pub use open::{OpenFiles, open_one};
 pub use repair::{Repair, undo_repair};
 pub use resume::{Resumed, resume};

@@ -149,6 +149,12 @@ impl Image {
         self.header().incompatible().has(Incompatible::DATA_FILE)
     }
 
+    /// Where the L1 table of this state is.
+    pub fn l1_table_offset(&self) -> HostOffset {
+        let active = self.header().l1_table_offset();
+        self.snapshot.as_ref().map_or(active, |s| HostOffset(s.l1_table_offset))
+    }
+
     /// The internal snapshot that this is the state of, if it is not the active state.
     pub fn snapshot(&self) -> Option<&SnapshotRecord> {
         self.snapshot.as_ref()
@@ -349,7 +355,7 @@ impl Image {
         Ok(())
     }
 
-    fn check_mapping(&self, mapping: Mapping, guest: u64) -> Result<(), ImageError> {
+    pub(crate) fn check_mapping(&self, mapping: Mapping, guest: u64) -> Result<(), ImageError> {
         let g = self.geometry();
         match mapping {
             // The data file may end anywhere: the rest of it is zeros.

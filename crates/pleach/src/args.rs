@@ -22,6 +22,10 @@ pub(crate) enum Command {
     Info(InfoArgs),
     /// Check images for inconsistencies, and repair them if asked to
     Check(CheckArgs),
+    /// Show where every byte of an image's disk comes from
+    Map(MapArgs),
+    /// Find out whether two images read the same
+    Compare(CompareArgs),
     /// Create a new, empty image
     Create(CreateArgs),
     /// Make an image's disk longer or shorter
@@ -241,6 +245,79 @@ pub(crate) struct MeasureArgs {
     pub(crate) bytes: bool,
     #[command(flatten)]
     pub(crate) copy: CopyArgs,
+}
+
+/// The same for reading, and whether that waits for writers.
+#[derive(Debug, Args)]
+pub(crate) struct ReadArgs {
+    /// Read even while somebody writes: what is read may be of no one moment
+    #[arg(short = 'U', long)]
+    pub(crate) force_share: bool,
+    #[command(flatten)]
+    open: OpenArgs,
+}
+
+impl ReadArgs {
+    pub(crate) fn trust(&self) -> Trust {
+        self.open.trust()
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MapArgs {
+    /// The image
+    #[arg(value_name = "IMG")]
+    pub(crate) image: PathBuf,
+    /// First byte to show, such as 1G
+    #[arg(short, long, visible_alias = "start-offset", default_value = "0", value_name = "OFFSET", value_parser = size)]
+    pub(crate) start: u64,
+    /// How many bytes to show; up to the end if left out
+    #[arg(short, long, visible_alias = "max-length", value_name = "LENGTH", value_parser = size)]
+    pub(crate) length: Option<u64>,
+    /// Show this internal snapshot, by id or name
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub(crate) snapshot: Option<String>,
+    /// Take the image to have this format; only needed for raw ones
+    #[arg(short, long, value_parser = format)]
+    pub(crate) format: Option<FileFormat>,
+    #[command(flatten)]
+    pub(crate) read: ReadArgs,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompareArgs {
+    /// An image
+    #[arg(value_name = "A")]
+    pub(crate) first: PathBuf,
+    /// Another one
+    #[arg(value_name = "B")]
+    pub(crate) second: PathBuf,
+    /// Take A to have this format; only needed for raw ones
+    #[arg(short = 'f', long = "format", value_parser = format)]
+    pub(crate) first_format: Option<FileFormat>,
+    /// Take B to have this format
+    #[arg(short = 'F', long, value_parser = format)]
+    pub(crate) second_format: Option<FileFormat>,
+    /// Read this internal snapshot of A, by id or name
+    #[arg(long = "snapshot-a", value_name = "SNAPSHOT")]
+    pub(crate) first_snapshot: Option<String>,
+    /// Read this internal snapshot of B
+    #[arg(long = "snapshot-b", value_name = "SNAPSHOT")]
+    pub(crate) second_snapshot: Option<String>,
+    /// Sizes, and what is allocated, must be the same too
+    #[arg(short, long)]
+    pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) read: ReadArgs,
+    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
+    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
+    pub(crate) progress: String,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use pleach_engine::survey::{FileFormat, Survey};
-use pleach_engine::{Error, ErrorKind, Result};
+use pleach_engine::{Error, Result};
 use pleach_format::{Autoclear, BitmapRecord, Compatible, Header, Incompatible, LuksHeader, Version};
 use pleach_image::{Image, escape};
 use pleach_store::{Access, Disk, FileKind, RealDisk, Role};
@@ -66,11 +66,7 @@ fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Value>
         Some(_) => false,
         None if magic == *b"QFI\xfb" => false,
         None => {
-            output::warn(
-                &Error::new(ErrorKind::Failed, "is not a qcow2 image; taken to be raw")
-                    .at(path)
-                    .hint("say -f raw"),
-            );
+            output::warn_guessed_raw(path);
             true
         }
     };

@@ -4,12 +4,14 @@
 mod args;
 mod bitmap;
 mod check;
+mod compare;
 mod confirm;
 mod convert;
 mod create;
 mod delete;
 mod demo;
 mod info;
+mod map;
 mod output;
 mod progress;
 mod resize;
@@ -35,6 +37,8 @@ fn main() -> ExitCode {
         Command::Tree(args) => (args.json, tree::run(&args)),
         Command::Info(args) => (args.json, info::run(&args)),
         Command::Check(args) => (args.json, check::run(&args)),
+        Command::Map(args) => (args.json, map::run(&args)),
+        Command::Compare(args) => (args.json, compare::run(&args)),
         Command::Create(args) => (args.json, create::run(&args)),
         Command::Resize(args) => (args.json, resize::run(&args)),
         Command::Bitmap(args) => (args.json, bitmap::run(&args)),

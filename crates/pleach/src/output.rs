@@ -1,11 +1,17 @@
 //! Results on stdout, messages on stderr, and the exit code of each kind of failure.
 
 use std::error::Error as _;
-use std::io::Write;
+use std::fmt;
+use std::io::{Seek, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
-use pleach_engine::{Error, ErrorKind};
+use pleach_engine::{Error, ErrorKind, Result};
 use serde_json::{Value, json};
+use tempfile::SpooledTempFile;
+
+/// Output up to this length is kept in memory.
+const SPOOL_BYTES: usize = 16 << 20;
 
 /// Writes to stdout. A reader that has gone away is no failure of ours.
 pub(crate) fn print(text: &str) {
@@ -18,9 +24,43 @@ pub(crate) fn document(value: &Value) {
     print(&format!("{value:#}\n"));
 }
 
+/// Text too long for memory, kept aside until it is known that all of it can be printed.
+#[derive(Debug)]
+pub(crate) struct Spool(SpooledTempFile);
+
+impl Spool {
+    /// Nothing yet.
+    pub(crate) fn new() -> Self {
+        Self(SpooledTempFile::new(SPOOL_BYTES))
+    }
+
+    /// Adds to the text.
+    pub(crate) fn add(&mut self, text: fmt::Arguments<'_>) -> Result<()> {
+        self.0.write_fmt(text).map_err(Self::failed)
+    }
+
+    /// Writes all of it to stdout. A reader that has gone away is no failure of ours.
+    pub(crate) fn print(mut self) -> Result<()> {
+        self.0.rewind().map_err(Self::failed)?;
+        let mut out = std::io::stdout().lock();
+        let _ = std::io::copy(&mut self.0, &mut out).and_then(|_| out.flush());
+        Ok(())
+    }
+
+    fn failed(error: std::io::Error) -> Error {
+        Error::io("keep the output", &std::env::temp_dir(), error)
+    }
+}
+
 /// A message on stderr.
 pub(crate) fn warn(error: &Error) {
     eprint!("{}", text("warning", error));
+}
+
+/// A message on stderr about a file whose format nobody said.
+pub(crate) fn warn_guessed_raw(path: &Path) {
+    let text = "is not a qcow2 image; taken to be raw";
+    warn(&Error::new(ErrorKind::Failed, text).at(path).hint("say -f raw"));
 }
 
 /// A failure on stderr that does not end the command.
