@@ -108,7 +108,8 @@ fn says(report: &Value, code: &str) -> bool {
 fn t26_repair_all_fixes_what_stock_repair_leaves() {
     let work = WorkDir::new("t26");
     // Name, options, what entry 1 becomes, the code of the repair, what the guest then reads there; 2 is what it held.
-    let cases: [(&str, &str, fn(u64) -> u64, &str, u8); 7] = [
+    type Case = (&'static str, &'static str, fn(u64) -> u64, &'static str, u8);
+    let cases: [Case; 7] = [
         ("unaligned", "", |e| e | 0x200, "l2-pointer", 0),
         ("reserved high", "", |e| e | 1 << 57, "l2-reserved", 2),
         ("reserved low", "", |e| e | 0x10, "l2-reserved", 2),
@@ -254,7 +255,8 @@ fn t29_dirty_images_are_read_and_repaired() {
 #[test]
 fn t30_lying_counts_and_data_in_metadata() {
     let work = WorkDir::new("t30");
-    let cases: [(&str, fn(&Path) -> u64); 6] = [
+    type Case = (&'static str, fn(&Path) -> u64);
+    let cases: [Case; 6] = [
         ("the header", |_| 0),
         ("the L1 table", |p| offset(word(p, 40))),
         ("the refcount table", |p| offset(word(p, 48))),
