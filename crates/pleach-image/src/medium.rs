@@ -22,11 +22,18 @@ pub(crate) enum Op {
 pub(crate) struct Medium {
     bytes: Mutex<Vec<u8>>,
     log: Mutex<Vec<Op>>,
+    /// Operations that still succeed; then one fails, and everything after it.
+    left: Option<Mutex<usize>>,
 }
 
 impl Medium {
     pub(crate) fn new(bytes: Vec<u8>) -> Arc<Self> {
-        Arc::new(Self { bytes: Mutex::new(bytes), log: Mutex::default() })
+        Arc::new(Self { bytes: Mutex::new(bytes), log: Mutex::default(), left: None })
+    }
+
+    /// A file on which `n` operations succeed, and no more.
+    pub(crate) fn failing(bytes: Vec<u8>, n: usize) -> Arc<Self> {
+        Arc::new(Self { bytes: Mutex::new(bytes), log: Mutex::default(), left: Some(Mutex::new(n)) })
     }
 
     /// The bytes as a reader sees them now.
@@ -40,6 +47,10 @@ impl Medium {
     }
 
     fn record(&self, op: Op) -> io::Result<()> {
+        if let Some(left) = &self.left {
+            let mut left = left.lock().unwrap();
+            *left = left.checked_sub(1).ok_or_else(|| io::Error::other("the disk fails"))?;
+        }
         apply(&mut self.bytes.lock().unwrap(), &op);
         self.log.lock().unwrap().push(op);
         Ok(())

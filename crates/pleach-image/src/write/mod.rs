@@ -15,7 +15,10 @@ pub use self::bitmaps::Bits;
 use self::bitmaps::LiveBitmaps;
 use self::cell::{Cell, Shape};
 use crate::image::Table;
-use crate::{Chain, Image, ImageError, TableEditor, clear_unknown_autoclear, leaked, publish, release};
+use crate::{
+    Chain, Image, ImageError, RepairMode, TableEditor, clear_unknown_autoclear, leaked, publish, release,
+    repair,
+};
 
 /// L2 tables kept in memory before they are published on their own account.
 const MOST_HELD: usize = 32 << 20;
@@ -68,14 +71,20 @@ struct State {
 
 impl Writer {
     /// Opens the image in `store`, which the caller has locked for writing. Everything that it refers to is counted
-    /// first, so that nothing in use can be overwritten: an image that needs repair is refused. Without its data file,
+    /// first, so that nothing in use can be overwritten: an image that needs repair is refused, but one that is only marked
+    /// dirty is repaired (spec: dirty bit). Without its data file,
     /// or encrypted, an image opens all the same: its bitmaps can be changed, its guest data not.
     ///
     /// # Errors
     /// As [`Image::check_writable`]; [`ImageError::Refcount`] and [`ImageError::Damaged`] for images that need repair;
     /// a data file that is missing, or given but not used.
     pub fn open(store: Arc<dyn Store>, options: WriteOptions) -> Result<Self, ImageError> {
-        let image = Image::open(Arc::clone(&store))?;
+        let mut image = Image::open(Arc::clone(&store))?;
+        let marks = image.header().incompatible();
+        if marks.has(Incompatible::DIRTY) && !marks.has(Incompatible::CORRUPT) {
+            repair(&store, RepairMode::All)?;
+            image = Image::open(Arc::clone(&store))?;
+        }
         let external = image.header().incompatible().has(Incompatible::DATA_FILE);
         let image = match options.data_file.clone() {
             Some(data) => image.with_data_file(data)?,
@@ -398,3 +407,6 @@ impl State {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! What a power loss, a kill or a failing disk may leave of a session: each sector old or new, the disk's size old or new,
+//! snapshots untouched, bitmaps that know of every change or say that they do not, and no errors.
+
+use std::sync::Arc;
+
+use pleach_format::BitmapRecord;
+use pleach_store::Store;
+use pleach_testkit::WorkDir;
+use pleach_testkit::oracle::{self, Format, qemu_img, qemu_io, text};
+
+use super::{WriteOptions, Writer};
+use crate::medium::{Medium, power_losses};
+use crate::{Chain, Image, ImageError, Layer, check};
+
+type Act = fn(&Writer) -> Result<(), ImageError>;
+
+struct Case {
+    name: &'static str,
+    options: &'static str,
+    size: &'static str,
+    /// What qemu-io writes first.
+    before: &'static [&'static str],
+    snapshot: bool,
+    bitmap: bool,
+    act: Act,
+}
+
+const CASE: Case = Case {
+    name: "",
+    options: "cluster_size=512",
+    size: "96k",
+    before: &["write -q -P 1 0 40k"],
+    snapshot: false,
+    bitmap: false,
+    act: |_| Ok(()),
+};
+
+fn mixed(writer: &Writer) -> Result<(), ImageError> {
+    writer.write_at(1000, &[9; 5000])?;
+    writer.write_zeroes(8 << 10, 4 << 10, false)?;
+    writer.flush()?;
+    writer.write_at(50 << 10, &[8; 3000])?;
+    writer.discard(20 << 10, 8 << 10)?;
+    writer.write_at(13 << 10, &[7; 700])?;
+    // The discarded clusters are free after this flush, and are handed out again.
+    writer.flush()?;
+    writer.write_at(60 << 10, &[6; 9000])
+}
+
+fn cases() -> Vec<Case> {
+    vec![
+        Case { name: "writes", act: mixed, ..CASE },
+        Case { name: "writes beside a snapshot", snapshot: true, act: mixed, ..CASE },
+        Case { name: "writes under a bitmap", options: "cluster_size=4k", bitmap: true, act: mixed, ..CASE },
+        Case {
+            name: "subclusters",
+            options: "cluster_size=16k,extended_l2=on",
+            snapshot: true,
+            act: mixed,
+            ..CASE
+        },
+        Case { name: "version 2", options: "cluster_size=512,compat=0.10", act: mixed, ..CASE },
+        Case {
+            name: "compressed",
+            before: &["write -q -P 1 0 8k"],
+            act: |w| {
+                for cluster in 20..60 {
+                    w.write_compressed(cluster * 512, &[5; 512])?;
+                }
+                w.flush()?;
+                w.write_at(2 << 10, &[6; 600])
+            },
+            ..CASE
+        },
+        Case { name: "grow", act: |w| w.resize(4 << 20), ..CASE },
+        Case { name: "grow with a bitmap", bitmap: true, act: |w| w.resize(4 << 20), ..CASE },
+        Case { name: "shrink", snapshot: true, act: |w| w.resize(5 << 9), ..CASE },
+        Case { name: "shrink alone", bitmap: true, act: |w| w.resize(5 << 9), ..CASE },
+        Case { name: "shrink in a cluster", options: "cluster_size=4k", act: |w| w.resize(5 << 9), ..CASE },
+        Case { name: "add a bitmap", act: |w| w.add_bitmap(b"new", Some(512), true), ..CASE },
+        Case {
+            name: "bitmaps in large clusters",
+            options: "cluster_size=64k",
+            bitmap: true,
+            act: |w| {
+                w.write_at(0, &[9; 512])?;
+                w.add_bitmap(b"new", Some(512), true)?;
+                w.merge_bitmap(b"new", &w.bitmap(b"b")?)?;
+                w.remove_bitmap(b"b")
+            },
+            ..CASE
+        },
+    ]
+}
+
+#[test]
+fn a_power_loss_leaves_old_or_new() {
+    for (case, start) in built() {
+        let medium = Medium::new(start.clone());
+        session(&medium, case.act).unwrap_or_else(|e| panic!("{}: {e}", case.name));
+        let judge = Judge::new(&case, &start, &medium.bytes());
+        let mut states = 0;
+        power_losses(&start, &medium.log(), &mut |bytes, what| {
+            states += 1;
+            judge.state(bytes, what);
+        });
+        assert!(states > 10, "{}: {states} states", case.name);
+    }
+}
+
+#[test]
+fn a_disk_that_fails_at_any_operation_leaves_old_or_new() {
+    for (case, start) in built() {
+        let whole = Medium::new(start.clone());
+        session(&whole, case.act).unwrap();
+        let judge = Judge::new(&case, &start, &whole.bytes());
+        let operations = whole.log().len();
+        for n in (0..operations).step_by(operations.div_ceil(60)) {
+            let medium = Medium::failing(start.clone(), n);
+            let failed = session(&medium, case.act);
+            assert!(failed.is_err(), "{}: operation {n} of {operations} fails unnoticed", case.name);
+            judge.state(medium.bytes(), &format!("operation {n} failed"));
+        }
+    }
+}
+
+/// The cases with their images, which stock QEMU made.
+fn built() -> Vec<(Case, Vec<u8>)> {
+    if !oracle::available() {
+        return Vec::new();
+    }
+    let work = WorkDir::new("write");
+    let built = |case: Case| {
+        let path = work.join("image");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", case.options, text(&path), case.size]);
+        qemu_io(&path, Format::Qcow2, case.before);
+        if case.snapshot {
+            qemu_img(&["snapshot", "-c", "s", text(&path)]);
+        }
+        if case.bitmap {
+            qemu_img(&["bitmap", "--add", "-g", "512", text(&path), "b"]);
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        (case, bytes)
+    };
+    cases().into_iter().map(built).collect()
+}
+
+fn session(medium: &Arc<Medium>, act: Act) -> Result<(), ImageError> {
+    let writer = Writer::open(Arc::clone(medium) as Arc<dyn Store>, WriteOptions::default())?;
+    act(&writer)?;
+    writer.close()
+}
+
+struct Judge<'a> {
+    case: &'a Case,
+    old: Vec<u8>,
+    new: Vec<u8>,
+}
+
+impl<'a> Judge<'a> {
+    fn new(case: &'a Case, start: &[u8], end: &[u8]) -> Self {
+        let content = |bytes: &[u8]| content(Image::open(Medium::new(bytes.to_vec())).unwrap());
+        let judge = Self { case, old: content(start), new: content(end) };
+        judge.state(end.to_vec(), "the end");
+        judge
+    }
+
+    fn state(&self, bytes: Vec<u8>, what: &str) {
+        let what = format!("{}: {what}", self.case.name);
+        let image = Image::open(Medium::new(bytes)).unwrap_or_else(|e| panic!("{what}: {e}"));
+        let report = check(&image).unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert_eq!(report.errors, 0, "{what}: {:?}", report.findings);
+        let size = usize::try_from(image.size()).unwrap();
+        assert!([self.old.len(), self.new.len()].contains(&size), "{what}: the size is {size}");
+        if self.case.snapshot {
+            let snapshot = content(image.at_snapshot(b"s").unwrap());
+            assert!(snapshot == self.old, "{what}: the snapshot");
+        }
+        let bitmaps = image.bitmaps().unwrap_or_else(|e| panic!("{what}: {e}"));
+        // A bitmap that was added later knows of less.
+        let trusted = bitmaps.iter().filter(|b| b.name == b"b" && b.flags & BitmapRecord::IN_USE == 0);
+        let known: Vec<_> = trusted
+            .map(|b| image.bitmap_bits(b).unwrap_or_else(|e| panic!("{what}: {e}")).ranges())
+            .collect();
+        let now = content(image);
+        for (at, sector) in (0..).step_by(512).zip(now.chunks(512)) {
+            let same = |other: &[u8]| other.get(at..at + 512) == Some(sector);
+            assert!(same(&self.old) || same(&self.new), "{what}: sector at {at:#x}");
+            let changed = at < self.old.len().min(self.new.len()) && !same(&self.old);
+            for ranges in &known {
+                let said = ranges.iter().any(|r| r.contains(&(at as u64)));
+                assert!(said || !changed, "{what}: a bitmap does not know of {at:#x}");
+            }
+        }
+    }
+}
+
+fn content(image: Image) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(image.size()).unwrap()];
+    Chain::new(vec![Arc::new(Layer::Qcow2(image))]).read_at(0, &mut bytes).unwrap();
+    bytes
+}
