@@ -20,7 +20,7 @@ const PAGE: u64 = 64 << 10;
 /// QEMU reads refcount tables up to this length.
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// No room is kept for more tables than this: nobody wants a file of terabytes for an empty disk.
-const MAX_ROOM: u64 = 1 << 30;
+const MAX_ROOM: u64 = 64 << 30;
 
 /// Bytes to be written at an offset.
 #[derive(Clone, Debug, PartialEq, Eq)]
