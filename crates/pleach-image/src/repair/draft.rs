@@ -13,7 +13,7 @@ use pleach_store::{LockError, Role, Sector, Stat, Store, Window, patch};
 use crate::ImageError;
 
 /// Most bytes that may lie over the file.
-const MAX_CHANGES: usize = 256 << 20;
+const MAX_CHANGES: usize = 96 << 20;
 
 /// When something is written. Between two stages there is a barrier; `docs/crash-safety.md` argues the order.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -62,7 +62,13 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
                     Some((_, seen)) if seen.saturating_add(used.references) > most => {
                         why = Some("is used more often than can be counted".to_owned());
                     }
-                    Some((owner, _)) if *owner != guest && !raw.is_compressed() && !fixed_places => {
+                    // What is too much to copy stays shared, and counted: a write copies it then.
+                    Some((owner, _))
+                        if *owner != guest
+                            && !raw.is_compressed()
+                            && !fixed_places
+                            && repairer.can_copy(g.cluster_size()) =>
+                    {
                         why = Some(format!("is also that of guest offset {owner:#x}"));
                     }
                     _ => {}

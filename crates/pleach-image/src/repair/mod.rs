@@ -138,6 +138,7 @@ pub fn plan_repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPla
         surplus_snapshots: false,
         written_entries: BTreeSet::new(),
         copied: 0,
+        untold: 0,
     };
     forget_unknown(&mut repairer)?;
     if before.errors > 0 || before.leaks > 0 {
@@ -154,7 +155,12 @@ pub fn plan_repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPla
         marks(&mut repairer)?;
     }
     let witnesses = if repairer.draft.changed_bytes() > 0 { undo::witnesses(&repairer)? } else { Vec::new() };
-    let Repairer { draft, actions, .. } = repairer;
+    let Repairer { draft, mut actions, untold, .. } = repairer;
+    if untold > 0 {
+        let message = format!("{untold} more changes, of the kinds above");
+        let (code, structure) = ("more", "tables");
+        actions.push(Finding { code, structure, offset: None, guest: None, message, times: untold });
+    }
     let old_len = draft.old_len();
     let draft = Arc::into_inner(draft).expect("no image is open on the draft any more");
     let stages = draft.into_stages();
@@ -237,10 +243,14 @@ pub(crate) struct Repairer {
     written_entries: BTreeSet<u64>,
     /// Bytes that were copied to separate what was shared.
     copied: u64,
+    /// Changes that were not told one by one.
+    untold: u64,
 }
 
+/// Most changes that are told one by one.
+const MAX_TOLD: usize = 20_000;
 /// Most bytes that are copied to separate clusters that should not be shared.
-const MAX_COPIED: u64 = 128 << 20;
+const MAX_COPIED: u64 = 48 << 20;
 
 impl Repairer {
     fn store(&self) -> &dyn Store {
@@ -274,7 +284,16 @@ impl Repairer {
         guest: Option<(u64, u64)>,
         message: String,
     ) {
+        if self.actions.len() >= MAX_TOLD {
+            self.untold += 1;
+            return;
+        }
         self.actions.push(Finding { code, structure, offset, guest, message, times: 1 });
+    }
+
+    /// Whether `bytes` more may be copied.
+    fn can_copy(&self, bytes: u64) -> bool {
+        self.copied.saturating_add(bytes) <= MAX_COPIED
     }
 
     /// A copy of `len` bytes at `offset` in fresh clusters; returns where it is.
@@ -287,12 +306,12 @@ impl Repairer {
 
     /// `bytes`, whole clusters, in fresh clusters; returns where they are.
     fn place(&mut self, bytes: &[u8], cluster_size: u64) -> Result<u64, ImageError> {
-        self.copied += bytes.len() as u64;
-        if self.copied > MAX_COPIED {
+        if !self.can_copy(bytes.len() as u64) {
             let what =
                 format!("more than {} MiB are used twice and would have to be copied", MAX_COPIED >> 20);
             return Err(ImageError::CannotRepair { what });
         }
+        self.copied += bytes.len() as u64;
         let at = self.draft.fresh(bytes.len() as u64 / cluster_size, cluster_size)?;
         self.draft.write(Stage::Fresh, at, bytes)?;
         Ok(at)

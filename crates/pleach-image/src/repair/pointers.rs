@@ -157,6 +157,7 @@ fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageE
     let (g, most) = (image.geometry(), image.header().refcount_width().max());
     let tables = level1(&image)?;
     let mut references: HashMap<u64, u64> = HashMap::new();
+    let mut copies: HashMap<u64, u64> = HashMap::new();
     for table in &tables {
         for (slot, entry) in (0..).zip(&table.entries) {
             let Ok(Some(at)) = L1Entry(entry.0 & 0x80ff_ffff_ffff_fe00).l2_table(g) else { continue };
@@ -173,9 +174,15 @@ fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageE
                 roles.take(g, at.0, g.cluster_size(), "an L2 table").ok();
                 continue;
             }
-            let copy = repairer.copy(at.0, g.cluster_size(), g.cluster_size())?;
+            // One copy for as many as can be counted.
+            let latest = copies.get(&at.0).copied();
+            let copy = match latest.filter(|c| references.get(c).is_some_and(|&n| n < most)) {
+                Some(copy) => copy,
+                None => repairer.copy(at.0, g.cluster_size(), g.cluster_size())?,
+            };
             roles.take(g, copy, g.cluster_size(), "an L2 table").ok();
-            references.insert(copy, 1);
+            copies.insert(at.0, copy);
+            *references.entry(copy).or_default() += 1;
             let place = table.at + slot * 8;
             repairer.written_entries.insert(place);
             repairer.draft.write(Stage::Mend, place, &L1Entry::owned(HostOffset(copy)).0.to_be_bytes())?;
