@@ -77,6 +77,16 @@ pub enum Preallocation {
     Full,
 }
 
+/// Lays out a new image in `store`, which is empty, and makes it durable. The caller gives it its name; [`create`] does
+/// that for files, and also makes data files.
+///
+/// # Errors
+/// Options that the format does not have, or what the system says.
+pub fn create_in(store: &dyn Store, options: &CreateOptions) -> Result<(), ImageError> {
+    let io = ImageError::io("write the new image");
+    Layout::of(options)?.write(store).and_then(|()| store.barrier()).map_err(io)
+}
+
 /// Creates the image `path` and its data file, neither of which may be there yet. They appear under their names when they
 /// are whole and durable, the data file first.
 ///

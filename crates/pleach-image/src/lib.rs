@@ -48,7 +48,7 @@ pub use census::{census, leaked};
 pub use chain::{Chain, Layer, Piece, PieceKind, RawImage};
 pub use check::{CheckReport, check, copied_repairs};
 pub use codec::Compressor;
-pub use create::{CreateOptions, NewDataFile, Preallocation, create};
+pub use create::{CreateOptions, NewDataFile, Preallocation, create, create_in};
 pub use error::ImageError;
 pub use image::{Head, Image, read_head};
 pub use names::{NameError, backing_path, escape};
