@@ -46,6 +46,43 @@ pub fn build(dir: &Path, bytes: u64) {
     std::fs::remove_file(content_path(dir)).expect("it was just made");
 }
 
+/// Writes a raw disk of `size` bytes as they are met: two thirds files of `/usr` (programs, libraries, texts, compressed
+/// archives), a twelfth noise, a twelfth zeros that are stored, the rest a hole.
+///
+/// # Panics
+/// If it cannot be written.
+pub fn mixed_disk(path: &Path, size: u64) {
+    let store = RealDisk.create_new(path).expect("a new file");
+    store.set_len(size).expect("room");
+    let mut at = 0;
+    let mut waiting = vec![PathBuf::from("/usr/share"), PathBuf::from("/usr/lib"), PathBuf::from("/usr/bin")];
+    while let Some(next) = waiting.pop().filter(|_| at < size / 3 * 2) {
+        let Ok(meta) = std::fs::symlink_metadata(&next) else { continue };
+        if meta.is_dir() {
+            let entries = std::fs::read_dir(&next).into_iter().flatten().flatten();
+            let mut paths: Vec<PathBuf> = entries.map(|e| e.path()).collect();
+            paths.sort();
+            waiting.extend(paths);
+        } else if meta.is_file()
+            && let Ok(mut bytes) = std::fs::read(&next)
+        {
+            bytes.truncate(4 << 20);
+            store.write_at(at, &bytes).expect("room");
+            at += (bytes.len() as u64).next_multiple_of(4096);
+        }
+    }
+    let mut state = 1u64;
+    let noise: Vec<u8> = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 32).to_be_bytes()[7]
+    })
+    .take(usize::try_from(size / 12).expect("small"))
+    .collect();
+    let at = at.next_multiple_of(1 << 20);
+    store.write_at(at, &noise).expect("room");
+    store.write_at(at + noise.len() as u64, &vec![0; noise.len()]).expect("room");
+}
+
 fn content_path(dir: &Path) -> PathBuf {
     dir.join("content")
 }

@@ -351,6 +351,27 @@ fn a_killed_run_leaves_no_file_of_that_name_and_no_partial_one_that_opens() {
 }
 
 #[test]
+fn an_interrupted_run_removes_what_it_made() {
+    let work = WorkDir::new("convert-interrupt");
+    let source = mixed(&work, 32);
+    let out = work.join("out");
+    let args = ["convert", "-f", "raw", "-c", "-O", "qcow2", text(&source), text(&out)];
+    let partial = work.join(".out.partial");
+    let mut child = Command::new(PLEACH).args(args).stderr(std::process::Stdio::null()).spawn().unwrap();
+    while !partial.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    let killed = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let code = child.wait().unwrap().code();
+    let names = fs::read_dir(&*work).unwrap().count();
+    // On a fast machine it may have ended before.
+    assert!(
+        matches!((code, names, killed.success()), (Some(130), 1, true) | (Some(0), 2, _)),
+        "{code:?} {names}"
+    );
+}
+
+#[test]
 fn a_full_file_system_is_a_clean_error() {
     let Some(tiny) = TinyFs::mount(8 * MIB) else { return };
     let work = WorkDir::new("convert-full");
