@@ -1,5 +1,6 @@
 //! What a power loss may leave of a repair, and the way back from each such state.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use pleach_alloc::{Allocator, Place};
@@ -121,6 +122,15 @@ fn keeps(before: &[Option<[u8; 512]>], after: &[Option<[u8; 512]>], what: &str) 
     }
 }
 
+/// The clusters that more pointers lead to than are counted, and whether the image is marked as damaged although nothing
+/// but flags is wrong, or not marked although something is; `None` if it cannot be opened.
+fn uncounted(bytes: &[u8]) -> Option<(BTreeSet<u64>, bool)> {
+    let report = check(&Image::open(Medium::new(bytes.to_vec())).ok()?).ok()?;
+    let low = report.findings.iter().filter(|f| f.code == "refcount-too-low").filter_map(|f| f.offset);
+    let unmarked = bytes[79] & 3 == 0 && report.findings.iter().any(|f| f.code != "copied-flag");
+    Some((low.collect(), unmarked))
+}
+
 #[test]
 fn a_power_loss_amid_a_repair_loses_nothing_and_leads_back_and_on() {
     let sound = sound();
@@ -143,6 +153,13 @@ fn a_power_loss_amid_a_repair_loses_nothing_and_leads_back_and_on() {
         power_losses(&damaged, &medium.log(), &mut |bytes, what| {
             let what = format!("{name}: {what}");
             keeps(&before, &content(&bytes), &what);
+            if let (Some((first, unmarked)), Some((low, now))) = (uncounted(&damaged), uncounted(&bytes)) {
+                assert!(
+                    low.is_subset(&first),
+                    "{what}: {low:x?} are counted too low, before only {first:x?}"
+                );
+                assert!(unmarked || !now, "{what}: the marks went too early");
+            }
             let back = Medium::new(bytes.clone());
             undo(&*back, &*undo_file).unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!(back.bytes() == damaged, "{what}: undo brings every byte back");
