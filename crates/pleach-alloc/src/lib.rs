@@ -42,7 +42,7 @@ use std::io;
 use pleach_format::{FormatError, HostCluster};
 
 pub use allocator::{Allocator, TableMove, Write, Writes};
-pub use census::{Census, Discrepancy};
+pub use census::{Census, Comparison, Discrepancy};
 pub use table::{Place, RefcountTable};
 
 /// What can go wrong with refcounts.

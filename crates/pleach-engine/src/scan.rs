@@ -1,5 +1,6 @@
 //! Reading what layers say, in parallel over L1 slots.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use pleach_format::{GuestOffset, HostOffset, L1Entry, Mapping, RunList};
@@ -36,17 +37,34 @@ pub fn layer_runs(path: &Path, layer: &Layer) -> Result<RunList> {
     }
 }
 
-/// What each internal snapshot of an image says, in table order.
+/// Most bytes of L1 tables that are read for all snapshots together: far more than disks have, and soon read.
+const MOST_L1_BYTES: u64 = 1 << 30;
+
+/// What each internal snapshot of an image says, in table order. Those of one L1 table and size are read once.
 ///
 /// # Errors
-/// As [`layer_runs`].
+/// As [`layer_runs`]; more than a GiB of L1 tables.
 pub(crate) fn snapshot_covers(path: &Path, image: &Image) -> Result<Vec<Cover>> {
     let wrap = |e| Error::image(path, e);
-    let cover = |snapshot| {
-        let (l1, size) = image.snapshot_l1(snapshot).map_err(wrap)?;
-        Ok(Cover::of_runs(size, &state_runs(image, &l1, size).map_err(wrap)?))
-    };
-    image.snapshots().map_err(wrap)?.iter().map(cover).collect()
+    let mut known: HashMap<_, Cover> = HashMap::new();
+    let (mut bytes, mut covers) = (0, Vec::new());
+    for snapshot in image.snapshots().map_err(wrap)? {
+        let key = (snapshot.l1_table_offset, snapshot.l1_size, snapshot.disk_size);
+        if let Some(cover) = known.get(&key) {
+            covers.push(cover.clone());
+            continue;
+        }
+        bytes += u64::from(snapshot.l1_size) * 8;
+        if bytes > MOST_L1_BYTES {
+            let feature = "an image with more than 1 GiB of snapshot L1 tables";
+            return Err(wrap(ImageError::Unsupported { feature }));
+        }
+        let (l1, size) = image.snapshot_l1(&snapshot).map_err(wrap)?;
+        let cover = Cover::of_runs(size, &state_runs(image, &l1, size).map_err(wrap)?);
+        covers.push(cover.clone());
+        known.insert(key, cover);
+    }
+    Ok(covers)
 }
 
 fn image_runs(image: &Image) -> Result<RunList, ImageError> {

@@ -1,6 +1,6 @@
 //! What each node takes, what deleting it would give back, and what that would write.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -38,12 +38,12 @@ struct Scanned {
     writable: bool,
     cluster: u64,
     allocated: Vec<Range<u64>>,
-    snapshots: Vec<StateClusters>,
+    /// Host clusters of each internal snapshot, sorted, each once.
+    snapshots: Vec<Arc<[u64]>>,
+    /// How many states, the active one included, have each of these clusters.
+    owners: HashMap<u64, u32>,
     states: Vec<Cover>,
 }
-
-/// Host clusters of one internal state, sorted, each once.
-type StateClusters = Vec<u64>;
 
 /// The figures of `shown`, which are whole trees. The files are locked for `role` while they are looked at: [`Role::Look`] takes them even
 /// from under a writer.
@@ -92,25 +92,48 @@ fn scan(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Scanned> {
     let runs = layer_runs(path, &layer)?;
     let len = layer.store().len().map_err(|e| Error::io("find the length of", path, e))?;
     let image = layer.image();
+    let snapshots = match image {
+        Some(image) if !file.snapshots.is_empty() => {
+            image.snapshot_clusters().map_err(|e| Error::image(path, e))?
+        }
+        _ => Vec::new(),
+    };
+    let cluster = image.map_or(4096, |i| i.geometry().cluster_size());
     Ok(Scanned {
+        owners: owners(&snapshots, &runs, cluster),
+        snapshots,
         cover: Cover::of_runs(layer.size(), &runs),
         runs,
         shape: image.map(|i| shape_of(i, i.size())),
         no_bitmaps: image.is_none_or(|i| i.bitmaps().is_ok_and(|b| b.is_empty())),
         writable: image.is_none_or(|i| i.check_mergeable().is_ok()),
-        cluster: image.map_or(4096, |i| i.geometry().cluster_size()),
+        cluster,
         allocated: layer.store().data_ranges(0..len).map_err(|e| Error::io("find the data of", path, e))?,
-        snapshots: match image {
-            Some(image) if !file.snapshots.is_empty() => {
-                image.snapshot_clusters().map_err(|e| Error::image(path, e))?
-            }
-            _ => Vec::new(),
-        },
         states: match image {
             Some(image) if !file.snapshots.is_empty() => snapshot_covers(path, image)?,
             _ => Vec::new(),
         },
     })
+}
+
+/// How many states have each host cluster of the internal snapshots.
+fn owners(snapshots: &[Arc<[u64]>], active: &RunList, cluster: u64) -> HashMap<u64, u32> {
+    let mut owners: HashMap<u64, u32> = HashMap::new();
+    let mut times: HashMap<*const u64, (&Arc<[u64]>, u32)> = HashMap::new();
+    for state in snapshots {
+        times.entry(state.as_ptr()).or_insert((state, 0)).1 += 1;
+    }
+    for (state, times) in times.into_values() {
+        for &c in state.iter() {
+            *owners.entry(c).or_insert(0) += times;
+        }
+    }
+    for (host, _) in data_extents(active) {
+        for c in host.start / cluster..host.end.div_ceil(cluster) {
+            owners.entry(c).and_modify(|count| *count += 1);
+        }
+    }
+    owners
 }
 
 /// The content below each file, computed once along the tree.
@@ -172,9 +195,7 @@ fn shared_ranges(own: &Scanned, readers: &[&Scanned]) -> Vec<Range<u64>> {
             }
         }
     }
-    for state in &own.snapshots {
-        ranges.extend(state.iter().map(|c| c * own.cluster..(c + 1) * own.cluster));
-    }
+    ranges.extend(own.owners.keys().map(|c| c * own.cluster..(c + 1) * own.cluster));
     ranges.sort_by_key(|r| r.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {
@@ -308,21 +329,8 @@ impl Pair<'_> {
 
 /// An internal snapshot: its clusters; of them, those that neither the active state nor another snapshot uses.
 fn of_snapshot(file: &Scanned, index: usize) -> Sizes {
-    let empty = Vec::new();
-    let own = file.snapshots.get(index).unwrap_or(&empty);
-    let mut others: Vec<u64> = file
-        .snapshots
-        .iter()
-        .enumerate()
-        .filter(|(i, _)| *i != index)
-        .flat_map(|(_, clusters)| clusters.iter().copied())
-        .chain(
-            data_extents(&file.runs)
-                .flat_map(|(host, _)| host.start / file.cluster..host.end.div_ceil(file.cluster)),
-        )
-        .collect();
-    others.sort_unstable();
-    let exclusive = own.iter().filter(|c| others.binary_search(c).is_err()).count() as u64;
+    let own: &[u64] = file.snapshots.get(index).map_or(&[], |clusters| clusters);
+    let exclusive = own.iter().filter(|c| file.owners.get(c) == Some(&1)).count() as u64;
     Sizes {
         on_disk: own.len() as u64 * file.cluster,
         freed_if_deleted: exclusive * file.cluster,

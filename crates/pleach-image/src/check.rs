@@ -25,7 +25,14 @@ pub struct CheckReport {
     pub image_end_offset: u64,
     /// What was found, in the order of the walk, leaks last.
     pub findings: Vec<Finding>,
+    /// Further findings of the same kinds: they are counted, but not listed.
+    pub more_findings: u64,
+    /// Everything is listed: for who mends what is.
+    pub(crate) every: bool,
 }
+
+/// Most findings that a check lists: a table of two MiB may be wrong in every entry.
+const MOST_FINDINGS: usize = 10_000;
 
 /// Checks an image without changing it.
 ///
@@ -39,7 +46,7 @@ pub fn check(image: &Image) -> Result<CheckReport, ImageError> {
     let mut report = CheckReport { total_clusters: g.clusters_for(image.size()).0, ..CheckReport::default() };
     let walked = walk(image, &mut |finding| {
         report.errors += finding.times;
-        report.findings.push(finding);
+        report.list(finding);
         Ok(())
     })?;
     copied_flags(image, &walked, &mut report)?;
@@ -141,7 +148,7 @@ pub fn copied_repairs(image: &Image) -> Result<Vec<Write>, ImageError> {
 
 /// The COPIED flags that do not fit the stored counts.
 pub(crate) fn copied_findings(image: &Image, walked: &Walked) -> Result<Vec<Finding>, ImageError> {
-    let mut report = CheckReport::default();
+    let mut report = CheckReport { every: true, ..CheckReport::default() };
     copied_flags(image, walked, &mut report)?;
     Ok(report.findings)
 }
@@ -149,19 +156,13 @@ pub(crate) fn copied_findings(image: &Image, walked: &Walked) -> Result<Vec<Find
 fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {
     let g = image.geometry();
     let clusters = image.file_len().div_ceil(g.cluster_size());
-    let mut end = walked.census.end();
-    walked.counts.for_each_used(|cluster, _| {
-        if cluster.0 < clusters {
-            end = end.max(cluster.0 + 1);
-        }
-    });
-    report.image_end_offset = end * g.cluster_size();
-    for Discrepancy { cluster, stored, references } in walked.census.compare(&walked.counts) {
+    let found = walked.census.compare(&walked.counts, clusters, MOST_FINDINGS);
+    report.image_end_offset = found.end * g.cluster_size();
+    report.errors += found.too_low;
+    report.leaks += found.leaks;
+    report.more_findings += found.too_low + found.leaks - found.listed.len() as u64;
+    for Discrepancy { cluster, stored, references } in found.listed {
         let leak = stored > references;
-        if leak && cluster.0 >= clusters {
-            // A count for what is not there takes no space.
-            continue;
-        }
         let message = if leak {
             format!("cluster {} is counted {stored} times, {references} pointers lead there", cluster.0)
         } else {
@@ -171,8 +172,7 @@ fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {
                 cluster.0
             )
         };
-        *(if leak { &mut report.leaks } else { &mut report.errors }) += 1;
-        report.findings.push(Finding {
+        report.list(Finding {
             code: if leak { "leak" } else { "refcount-too-low" },
             structure: "refcount block",
             offset: Some(g.host_offset(cluster).0),
@@ -184,6 +184,14 @@ fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {
 }
 
 impl CheckReport {
+    fn list(&mut self, finding: Finding) {
+        if self.every || self.findings.len() < MOST_FINDINGS {
+            self.findings.push(finding);
+        } else {
+            self.more_findings += 1;
+        }
+    }
+
     fn copied(
         &mut self,
         structure: &'static str,
@@ -199,7 +207,7 @@ impl CheckReport {
             "the next write there copies needlessly"
         };
         self.errors += 1;
-        self.findings.push(Finding {
+        self.list(Finding {
             code: "copied-flag",
             structure,
             offset: Some(offset),

@@ -651,9 +651,16 @@ pub(crate) fn read_l1(
     let (bytes, file) =
         (u64::from(entries) * 8, store.len().map_err(ImageError::io("find the file's length"))?);
     check_inside("L1 table", offset.0, bytes, file, geometry)?;
-    let mut table = vec![0; usize::try_from(bytes).unwrap_or(0)];
-    store.read_at(offset.0, &mut table).map_err(ImageError::io("read the L1 table"))?;
-    Ok(table.as_chunks::<8>().0.iter().map(|e| L1Entry(u64::from_be_bytes(*e))).collect())
+    // In pieces: the table alone may have 32 MiB.
+    let mut l1 = Vec::with_capacity(usize::try_from(entries).unwrap_or(0));
+    let mut piece = vec![0; 64 << 10];
+    for at in (0..bytes).step_by(64 << 10) {
+        let len = usize::try_from(bytes - at).unwrap_or(usize::MAX).min(piece.len());
+        let (part, _) = piece.split_at_mut(len);
+        store.read_at(offset.0 + at, part).map_err(ImageError::io("read the L1 table"))?;
+        l1.extend(part.as_chunks::<8>().0.iter().map(|e| L1Entry(u64::from_be_bytes(*e))));
+    }
+    Ok(l1)
 }
 
 /// A structure may end in the file's last, partial cluster, but not behind it.

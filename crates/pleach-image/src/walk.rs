@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 
 use pleach_alloc::{AllocError, Census, Place, RefcountTable};
 use pleach_format::{
-    BitmapCluster, BitmapTableEntry, ExtendedL2Entry, ExtensionKind, FormatError, Geometry, HostCluster,
-    HostOffset, Incompatible, L1Entry, L2Entry, Mapping, Version,
+    BitmapCluster, BitmapRecord, BitmapTableEntry, ExtendedL2Entry, ExtensionKind, FormatError, Geometry,
+    HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, Mapping, Version,
 };
 
 use crate::image::{check_inside, read_l1};
@@ -66,7 +66,7 @@ pub(crate) fn walk(image: &Image, sink: &mut Sink<'_>) -> Result<Walked, ImageEr
     census.add_refcount_structures(&counts);
     let mut walk = Walk { image, place, census, tables: BTreeMap::new() };
     walk.census.add_bytes(&place, header.l1_table_offset(), u64::from(header.l1_size()) * 8, 1);
-    walk.l1(image.l1(), header.l1_table_offset(), true, 1, sink)?;
+    walk.l1(image.l1(), header.l1_table_offset(), 0, true, 1, sink)?;
     walk.snapshots(sink)?;
     walk.l2_tables(sink)?;
     walk.bitmaps(sink)?;
@@ -123,22 +123,27 @@ impl Walk<'_> {
         self.place.geometry
     }
 
-    /// Meets the L2 tables that one L1 table leads to.
+    /// Meets the L2 tables that an L1 table leads to, or a part of one that starts with slot `first`.
     fn l1(
         &mut self,
         l1: &[L1Entry],
         at: HostOffset,
+        first: usize,
         active: bool,
         times: u64,
         sink: &mut Sink<'_>,
     ) -> Result<(), ImageError> {
         let g = self.geometry();
-        for (slot, &entry) in l1.iter().enumerate() {
+        for (index, &entry) in l1.iter().enumerate() {
+            if entry == L1Entry::default() {
+                continue;
+            }
+            let slot = first + index;
             let guest = slot as u64 * g.l1_span();
             let bad = |code, message: String| Finding {
                 code,
                 structure: "L1 table",
-                offset: Some(at.0 + slot as u64 * 8),
+                offset: Some(at.0 + index as u64 * 8),
                 guest: Some((guest, g.l1_span())),
                 message,
                 times,
@@ -245,19 +250,29 @@ impl Walk<'_> {
             }
             *tables.entry((offset, snapshot.l1_size)).or_insert(0) += 1;
         }
-        // Snapshots may share an L1 table in a hostile image: each is read once.
+        let (g, file) = (self.geometry(), self.image.file_len());
+        let mut stretches = Vec::new();
         for ((offset, entries), times) in tables {
-            match read_l1(&**self.image.store(), self.geometry(), offset, entries) {
-                Ok(l1) => {
-                    self.census.add_bytes(&self.place, offset, u64::from(entries) * 8, times);
-                    self.l1(&l1, offset, false, times, sink)?;
-                }
-                Err(error @ ImageError::Io { .. }) => return Err(error),
+            let bytes = u64::from(entries) * 8;
+            match check_inside("L1 table", offset.0, bytes, file, g) {
+                Ok(()) => stretches.push(Stretch { start: offset.0, end: offset.0 + bytes, times }),
                 Err(error) => {
                     let found =
                         bad("snapshot-l1", format!("{error}; the snapshots that use it cannot be read"));
                     sink(Finding { times, ..found })?;
                 }
+            }
+        }
+        // Snapshots may share an L1 table, or parts of one, in a hostile image: each part is read once.
+        for part in apart(&whole_clusters(&stretches, g)) {
+            self.census.add_bytes(&self.place, HostOffset(part.start), part.end - part.start, part.times);
+        }
+        for part in apart(&stretches) {
+            for at in (part.start..part.end).step_by(PIECE) {
+                let entries = u32::try_from((part.end - at).min(PIECE as u64) / 8).unwrap_or(0);
+                let l1 = read_l1(&**self.image.store(), g, HostOffset(at), entries)?;
+                let first = usize::try_from((at - part.table) / 8).unwrap_or(0);
+                self.l1(&l1, HostOffset(at), first, false, part.times, sink)?;
             }
         }
         if !snapshots.is_empty() {
@@ -326,31 +341,59 @@ impl Walk<'_> {
             extension.directory_size,
             1,
         );
+        let mut stretches = Vec::new();
         for bitmap in bitmaps {
             let (at, bytes) = (bitmap.table_offset, u64::from(bitmap.table_size) * 8);
             let name = crate::escape(&bitmap.name);
             if let Err(fault) = bitmap.check(g, self.image.header().size()) {
                 sink(bad("bitmap-entry", Some(at), format!("bitmap \"{name}\": {fault}")))?;
             }
-            if let Err(error) = check_inside("bitmap table", at, bytes, file, g) {
-                sink(bad("bitmap-table", Some(at), format!("bitmap \"{name}\": {error}")))?;
+            if !g.is_aligned(at) || u64::from(bitmap.table_size) * g.cluster_size() > BitmapRecord::MAX_BYTES
+            {
                 continue;
             }
-            self.census.add_bytes(&self.place, HostOffset(at), bytes, 1);
-            let mut table = vec![0; usize::try_from(bytes).unwrap_or(0)];
-            let io = ImageError::io("read a bitmap table");
-            self.image.store().read_at(at, &mut table).map_err(io)?;
-            for (i, entry) in table.as_chunks::<8>().0.iter().enumerate() {
-                match bitmap_entry_fault(u64::from_be_bytes(*entry), g, file) {
-                    Ok(None) => {}
-                    Ok(Some(data)) => {
-                        self.census.add_bytes(&self.place, HostOffset(data), g.cluster_size(), 1);
-                    }
-                    Err(fault) => {
-                        let place = Some(at + i as u64 * 8);
-                        sink(bad("bitmap-data", place, format!("bitmap \"{name}\": {fault}")))?;
-                    }
+            match check_inside("bitmap table", at, bytes, file, g) {
+                Ok(()) => stretches.push(Stretch { start: at, end: at + bytes, times: 1 }),
+                Err(error) => sink(bad("bitmap-table", Some(at), format!("bitmap \"{name}\": {error}")))?,
+            }
+        }
+        for part in apart(&whole_clusters(&stretches, g)) {
+            self.census.add_bytes(&self.place, HostOffset(part.start), part.end - part.start, part.times);
+        }
+        for part in apart(&stretches) {
+            for at in (part.start..part.end).step_by(PIECE) {
+                let len = usize::try_from((part.end - at).min(PIECE as u64)).unwrap_or(0);
+                self.bitmap_table(at, len, part.times, sink)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Meets the clusters of bits that a part of a bitmap table leads to.
+    fn bitmap_table(
+        &mut self,
+        at: u64,
+        len: usize,
+        times: u64,
+        sink: &mut Sink<'_>,
+    ) -> Result<(), ImageError> {
+        let g = self.geometry();
+        let mut table = vec![0; len];
+        self.image.store().read_at(at, &mut table).map_err(ImageError::io("read a bitmap table"))?;
+        for (i, entry) in table.as_chunks::<8>().0.iter().enumerate() {
+            match bitmap_entry_fault(u64::from_be_bytes(*entry), g, self.image.file_len()) {
+                Ok(None) => {}
+                Ok(Some(data)) => {
+                    self.census.add_bytes(&self.place, HostOffset(data), g.cluster_size(), times);
                 }
+                Err(message) => sink(Finding {
+                    code: "bitmap-data",
+                    structure: "bitmaps",
+                    offset: Some(at + i as u64 * 8),
+                    guest: None,
+                    message,
+                    times,
+                })?,
             }
         }
         Ok(())
@@ -399,6 +442,67 @@ pub(crate) fn bitmap_entry_fault(entry: u64, g: Geometry, file: u64) -> Result<O
             Ok(Some(data.0))
         }
     }
+}
+
+/// Bytes of a table that are read in one go.
+const PIECE: usize = 1 << 20;
+
+/// A part of the file that something refers to so many times.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+struct Stretch {
+    start: u64,
+    end: u64,
+    times: u64,
+}
+
+/// A part of the file in which all bytes are referred to equally often.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+struct Part {
+    start: u64,
+    end: u64,
+    times: u64,
+    /// Where the first of the stretches that cover it starts.
+    table: u64,
+}
+
+/// The parts of stretches that may overlap, in order, each once.
+fn apart(stretches: &[Stretch]) -> Vec<Part> {
+    let mut edges: Vec<(u64, bool, Stretch)> = Vec::new();
+    for &stretch in stretches.iter().filter(|s| s.start < s.end) {
+        edges.push((stretch.start, true, stretch));
+        edges.push((stretch.end, false, stretch));
+    }
+    edges.sort_unstable_by_key(|(at, opens, _)| (*at, *opens));
+    let mut open: BTreeMap<u64, u64> = BTreeMap::new();
+    let (mut parts, mut from, mut times) = (Vec::new(), 0, 0u64);
+    for (at, opens, stretch) in edges {
+        if let Some((&table, _)) = open.first_key_value()
+            && from < at
+        {
+            parts.push(Part { start: from, end: at, times, table });
+        }
+        from = at;
+        let known = open.entry(stretch.start).or_insert(0);
+        if opens {
+            *known += stretch.times;
+            times = times.saturating_add(stretch.times);
+        } else {
+            *known -= stretch.times;
+            times -= stretch.times;
+            if *known == 0 {
+                open.remove(&stretch.start);
+            }
+        }
+    }
+    parts
+}
+
+/// The clusters that each stretch touches.
+fn whole_clusters(stretches: &[Stretch], g: Geometry) -> Vec<Stretch> {
+    let cluster = g.cluster_size();
+    let whole =
+        |s: &Stretch| Stretch { start: s.start & !(cluster - 1), end: s.end.next_multiple_of(cluster), ..*s };
+    stretches.iter().filter(|s| s.start < s.end).map(whole).collect()
 }
 
 /// What one L2 entry refers to in the file, and what is wrong with it although it can be followed.

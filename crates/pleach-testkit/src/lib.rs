@@ -1,6 +1,6 @@
 //! What pleach's tests judge it by: stock qemu-img as the oracle, random trees of images, and a model of them.
 //!
-//! Nothing here reads or writes an image itself. Images are made by `qemu-img` and `qemu-io`, contents are
+//! Images are made by `qemu-img` and `qemu-io`, or byte by byte from the specification ([`image`]), contents are
 //! read back by `qemu-img convert`, and consistency is what `qemu-img check` says, so that a mistake in pleach
 //! cannot hide behind the same mistake in its tests. One `u64` seed reproduces any tree and any run.
 //!
@@ -24,6 +24,8 @@
 
 pub mod files;
 pub mod forest;
+pub mod hostile;
+pub mod image;
 pub mod layers;
 pub mod mount;
 pub mod oracle;

@@ -30,12 +30,27 @@ pub struct Outcome {
     pub stderr: String,
     /// From start to end.
     pub elapsed: Duration,
+    /// The most memory that was resident at any moment but the last half millisecond, in bytes.
+    pub peak: u64,
+    /// Processor time until then, to a hundredth of a second: what a busy machine does not make longer.
+    pub cpu: Duration,
 }
 
 impl Tool {
     /// The program at `path`, usually `env!("CARGO_BIN_EXE_pleach")`.
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
+    }
+
+    /// The optimised build of the program at `tested`, if it is as new; else that one. Whether it is optimised.
+    #[must_use]
+    pub fn fastest(tested: &str) -> (Self, bool) {
+        let tested = PathBuf::from(tested);
+        let name = tested.file_name().unwrap_or_default();
+        let release = tested.parent().unwrap_or(Path::new(".")).with_file_name("release").join(name);
+        let built = |path: &Path| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+        let optimised = release == tested || built(&release) >= built(&tested);
+        (Self(if optimised { release } else { tested }), optimised)
     }
 
     /// Where the program is.
@@ -114,6 +129,8 @@ pub struct Running {
     child: Child,
     command: String,
     started: Instant,
+    peak: u64,
+    cpu: Duration,
     stdout: Option<JoinHandle<Vec<u8>>>,
     stderr: Option<JoinHandle<Vec<u8>>>,
 }
@@ -131,7 +148,7 @@ impl Running {
         let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {shown}: {error}"));
         let stdout = child.stdout.take().map(collect);
         let stderr = child.stderr.take().map(collect);
-        Self { child, command: shown, started, stdout, stderr }
+        Self { child, command: shown, started, peak: 0, cpu: Duration::ZERO, stdout, stderr }
     }
 
     /// The process id.
@@ -165,7 +182,18 @@ impl Running {
     /// # Panics
     /// If the process is still running after `deadline`; it is killed first.
     #[must_use]
-    pub fn finish(mut self, deadline: Duration) -> Outcome {
+    pub fn finish(self, deadline: Duration) -> Outcome {
+        let (outcome, in_time) = self.finish_or_kill(deadline);
+        assert!(in_time, "still running after {deadline:?}: {outcome}");
+        outcome
+    }
+
+    /// Waits for the end, and kills what is still running after `deadline`; whether it ended in time.
+    ///
+    /// # Panics
+    /// If the operating system cannot say.
+    #[must_use]
+    pub fn finish_or_kill(mut self, deadline: Duration) -> (Outcome, bool) {
         let status = self.wait(deadline);
         let elapsed = self.started.elapsed();
         let outcome = Outcome {
@@ -174,9 +202,10 @@ impl Running {
             stdout: text(self.stdout.take()),
             stderr: text(self.stderr.take()),
             elapsed,
+            peak: self.peak,
+            cpu: self.cpu,
         };
-        assert!(status.is_some(), "still running after {deadline:?}: {outcome}");
-        outcome
+        (outcome, status.is_some())
     }
 
     /// The status, or `None` after killing what did not end in time.
@@ -190,6 +219,8 @@ impl Running {
                 self.child.wait().expect("a killed child ends");
                 return None;
             }
+            self.peak = peak(self.child.id()).unwrap_or(self.peak);
+            self.cpu = cpu(self.child.id()).unwrap_or(self.cpu);
             std::thread::sleep(Duration::from_micros(500));
         }
     }
@@ -202,6 +233,23 @@ impl Drop for Running {
             let _ = self.child.wait();
         }
     }
+}
+
+/// The most memory that a running process has had, in bytes; `None` once it has ended.
+fn peak(process: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kibibytes << 10)
+}
+
+/// The processor time that a process has had; `None` once it is gone.
+fn cpu(process: u32) -> Option<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    // Fields are counted from behind the name, which may have spaces: the state is the first.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let ticks: Vec<u64> = rest.split_whitespace().skip(11).take(2).filter_map(|t| t.parse().ok()).collect();
+    Some(Duration::from_millis(ticks.iter().sum::<u64>() * 10))
 }
 
 fn collect(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {

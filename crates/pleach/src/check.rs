@@ -183,6 +183,7 @@ fn document(path: &Path, checked: &Checked) -> Value {
         "total_clusters": report.total_clusters,
         "image_end_offset": report.image_end_offset,
         "findings": found.iter().map(finding).collect::<Vec<_>>(),
+        "more_findings": report.more_findings,
     });
     if let (Some(repaired), Some(object)) = (repaired, document.as_object_mut()) {
         let actions: Vec<Value> = repaired.actions.iter().map(finding).collect();
@@ -238,6 +239,9 @@ fn text(path: &Path, checked: &Checked) -> String {
     }
     if repaired.as_ref().is_none_or(|r| !r.planned) {
         out.push_str(&lines(&report.findings));
+        if report.more_findings > 0 {
+            out.push_str(&format!("  and {} more of these kinds\n", report.more_findings));
+        }
     }
     if *dirty {
         out.push_str("  the image is marked dirty: its counts are rebuilt at the next writable open\n");

@@ -5,9 +5,12 @@ use std::process::ExitCode;
 
 use pleach_engine::survey::{FileFormat, Survey};
 use pleach_engine::{Error, Result};
-use pleach_format::{Autoclear, BitmapRecord, Compatible, Header, Incompatible, LuksHeader, Version};
+use pleach_format::{
+    Autoclear, BitmapRecord, Compatible, Header, Incompatible, LuksHeader, SnapshotRecord, Version,
+};
 use pleach_image::{Image, escape};
 use pleach_store::{Access, Disk, FileKind, RealDisk, Role};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Value, json};
 
 use crate::args::InfoArgs;
@@ -34,7 +37,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
         }
     }
     if args.json {
-        output::document(&json!({ "schema": 1, "images": images }));
+        output::stream(&Document { images });
     } else {
         let texts: Vec<String> = images.iter().map(|image| text(image, args.bytes)).collect();
         output::print(&texts.join("\n"));
@@ -43,7 +46,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
 }
 
 /// Adds what the image at `path` stands on.
-fn chain(path: &Path, args: &InfoArgs, images: &mut Vec<Value>) -> Result<()> {
+fn chain(path: &Path, args: &InfoArgs, images: &mut Vec<Described>) -> Result<()> {
     let survey = Survey::of_directories(&RealDisk, &[directory(path)], &args.trust.trust())?;
     let Some(top) = survey.find(&RealDisk, path) else { return Ok(()) };
     for index in survey.chain(top)?.into_iter().skip(1) {
@@ -54,7 +57,7 @@ fn chain(path: &Path, args: &InfoArgs, images: &mut Vec<Value>) -> Result<()> {
     Ok(())
 }
 
-fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Value> {
+fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Described> {
     let store = RealDisk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
     let role = if args.force_share { Role::Look } else { Role::Read };
     store.lock(role).map_err(|e| Error::locked(path, e).hint("-U looks at it all the same"))?;
@@ -71,53 +74,29 @@ fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Value>
         }
     };
     if raw {
-        return Ok(json!({
+        return Ok(Described::from(json!({
             "filename": path.display().to_string(), "format": "raw", "version": null,
             "virtual_size": stat.len.next_multiple_of(512), "actual_size": stat.allocated, "cluster_size": null,
             "refcount_bits": null, "backing_file": null, "backing_format": null, "full_backing_file": null,
             "data_file": null, "compression": null, "encryption": null, "luks": null, "features": features(None),
             "dirty": false, "corrupt": false, "snapshots": [], "bitmaps": [],
-        }));
+        })));
     }
     let image = Image::open(store).map_err(|e| Error::image(path, e))?;
     qcow2(path, &image, stat.allocated)
 }
 
-fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Value> {
+fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Described> {
     let header = image.header();
     let wrap = |e| Error::image(path, e);
-    let snapshots: Vec<Value> = image
-        .snapshots()
-        .map_err(wrap)?
-        .iter()
-        .map(|s| {
-            json!({
-                "id": escape(&s.id), "name": escape(&s.name), "date": date(s.date_seconds, s.date_nanoseconds),
-                "vm_state_size": s.vm_state_size, "virtual_size": s.disk_size.unwrap_or(header.size()),
-                "icount": s.icount,
-            })
-        })
-        .collect();
-    let bitmaps: Vec<Value> = image
-        .bitmaps()
-        .map_err(wrap)?
-        .iter()
-        .map(|b| {
-            let flags = [(BitmapRecord::IN_USE, "in-use"), (BitmapRecord::AUTO, "auto")];
-            let names: Vec<&str> = flags.iter().filter(|(bit, _)| b.flags & bit != 0).map(|f| f.1).collect();
-            json!({
-                "name": escape(&b.name),
-                "granularity": 1u64.checked_shl(b.granularity_bits.into()),
-                "flags": names,
-            })
-        })
-        .collect();
+    let snapshots = image.snapshots().map_err(wrap)?;
+    let bitmaps = image.bitmaps().map_err(wrap)?;
     let backing = header.backing();
     let full = backing.map(|b| match pleach_image::backing_path(path, &b.name) {
         Ok(full) => full.display().to_string(),
         Err(_) => escape(&b.name),
     });
-    Ok(json!({
+    let value = json!({
         "filename": path.display().to_string(),
         "format": FileFormat::Qcow2.name(),
         "version": header.version().number(),
@@ -135,9 +114,87 @@ fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Value> {
         "features": features(Some(header)),
         "dirty": header.incompatible().has(Incompatible::DIRTY),
         "corrupt": header.incompatible().has(Incompatible::CORRUPT),
-        "snapshots": snapshots,
-        "bitmaps": bitmaps,
-    }))
+        "snapshots": [],
+        "bitmaps": [],
+    });
+    Ok(Described { value, snapshots, bitmaps })
+}
+
+/// What is known of one image. The lists are turned into JSON an entry at a time: a hostile image has many.
+struct Described {
+    /// All but the lists, which are empty here.
+    value: Value,
+    snapshots: Vec<SnapshotRecord>,
+    bitmaps: Vec<BitmapRecord>,
+}
+
+impl From<Value> for Described {
+    fn from(value: Value) -> Self {
+        Self { value, snapshots: Vec::new(), bitmaps: Vec::new() }
+    }
+}
+
+impl Described {
+    fn snapshot(&self, s: &SnapshotRecord) -> Value {
+        let size =
+            s.disk_size.map_or_else(|| self.value.get("virtual_size").cloned(), |size| Some(size.into()));
+        json!({
+            "id": escape(&s.id), "name": escape(&s.name), "date": date(s.date_seconds, s.date_nanoseconds),
+            "vm_state_size": s.vm_state_size, "virtual_size": size, "icount": s.icount,
+        })
+    }
+}
+
+fn bitmap(b: &BitmapRecord) -> Value {
+    json!({
+        "name": escape(&b.name),
+        "granularity": 1u64.checked_shl(b.granularity_bits.into()),
+        "flags": flags(b),
+    })
+}
+
+fn flags(b: &BitmapRecord) -> Vec<&'static str> {
+    let names = [(BitmapRecord::IN_USE, "in-use"), (BitmapRecord::AUTO, "auto")];
+    names.iter().filter(|(bit, _)| b.flags & bit != 0).map(|f| f.1).collect()
+}
+
+/// What `info --json` prints.
+struct Document {
+    images: Vec<Described>,
+}
+
+impl Serialize for Document {
+    fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut document = out.serialize_map(Some(2))?;
+        document.serialize_entry("images", &self.images)?;
+        document.serialize_entry("schema", &1)?;
+        document.end()
+    }
+}
+
+impl Serialize for Described {
+    fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut object = out.serialize_map(None)?;
+        for (key, value) in self.value.as_object().into_iter().flatten() {
+            match key.as_str() {
+                "snapshots" => {
+                    object.serialize_entry(key, &List(self.snapshots.iter(), |s| self.snapshot(s)))?
+                }
+                "bitmaps" => object.serialize_entry(key, &List(self.bitmaps.iter(), bitmap))?,
+                _ => object.serialize_entry(key, value)?,
+            }
+        }
+        object.end()
+    }
+}
+
+/// A list whose entries are made one after the other.
+struct List<'a, T, F: Fn(&T) -> Value>(std::slice::Iter<'a, T>, F);
+
+impl<T, F: Fn(&T) -> Value> Serialize for List<'_, T, F> {
+    fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
+        out.collect_seq(self.0.clone().map(&self.1))
+    }
 }
 
 fn luks(header: &LuksHeader) -> Value {
@@ -198,7 +255,8 @@ fn date(seconds: u32, nanoseconds: u32) -> Option<String> {
 }
 
 /// The same as lines for people; what is absent has no line.
-fn text(image: &Value, exact: bool) -> String {
+fn text(described: &Described, exact: bool) -> String {
+    let image = &described.value;
     let mut out = String::new();
     let mut line = |key: &str, value: String| out.push_str(&format!("{key}: {value}\n"));
     let bytes = |key: &str| image.get(key).and_then(Value::as_u64).map(|v| size::show(v, exact));
@@ -233,28 +291,16 @@ fn text(image: &Value, exact: bool) -> String {
             line(&format!("{key} features"), names.join(", "));
         }
     }
-    let list = |key: &str| image.get(key).and_then(Value::as_array).cloned().unwrap_or_default();
-    let field = |value: &Value, key: &str| match value.get(key) {
-        Some(Value::String(text)) => text.clone(),
-        Some(Value::Null) | None => "-".to_owned(),
-        Some(other) => other.to_string(),
-    };
-    for s in list("snapshots") {
-        let vm = s.get("vm_state_size").and_then(Value::as_u64).unwrap_or(0);
+    for s in &described.snapshots {
+        let vm = s.vm_state_size;
         let state = if vm > 0 { format!(", VM state {}", size::show(vm, exact)) } else { String::new() };
-        let what = format!("#{} \"{}\", {}{state}", field(&s, "id"), field(&s, "name"), field(&s, "date"));
-        line("snapshot", what);
+        let date = date(s.date_seconds, s.date_nanoseconds).unwrap_or_else(|| "-".to_owned());
+        line("snapshot", format!("#{} \"{}\", {date}{state}", escape(&s.id), escape(&s.name)));
     }
-    for b in list("bitmaps") {
-        let granularity = b.get("granularity").and_then(Value::as_u64).unwrap_or(0);
-        let flags: Vec<String> = b
-            .get("flags")
-            .and_then(Value::as_array)
-            .into_iter()
-            .flatten()
-            .map(|f| f.to_string().replace('"', ""))
-            .collect();
-        let what = format!("\"{}\", {} a bit", field(&b, "name"), size::show(granularity, exact));
+    for b in &described.bitmaps {
+        let granularity = 1u64.checked_shl(b.granularity_bits.into()).unwrap_or(0);
+        let what = format!("\"{}\", {} a bit", escape(&b.name), size::show(granularity, exact));
+        let flags = flags(b);
         line("bitmap", if flags.is_empty() { what } else { format!("{what}, {}", flags.join(", ")) });
     }
     out

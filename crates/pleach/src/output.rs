@@ -2,11 +2,12 @@
 
 use std::error::Error as _;
 use std::fmt;
-use std::io::{Seek, Write};
+use std::io::{BufWriter, Seek, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
 use pleach_engine::{Error, ErrorKind, Result};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tempfile::SpooledTempFile;
 
@@ -50,6 +51,14 @@ impl Spool {
     fn failed(error: std::io::Error) -> Error {
         Error::io("keep the output", &std::env::temp_dir(), error)
     }
+}
+
+/// Writes one JSON document to stdout while it is being made. A reader that has gone away is no failure of ours.
+pub(crate) fn stream(value: &impl Serialize) {
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    let _ =
+        serde_json::to_writer_pretty(&mut out, value).map_err(Into::into).and_then(|()| out.write_all(b"\n"));
+    let _ = out.flush();
 }
 
 /// A message on stderr.

@@ -450,20 +450,13 @@ fn deep_chain(dir: &Path) {
     });
 }
 
-/// The optimised binary where there is one as new as the one under test, and whether it is that.
-fn fastest() -> (PathBuf, bool) {
-    let tested = PathBuf::from(PLEACH);
-    let release = tested.parent().unwrap().with_file_name("release").join("pleach");
-    let built = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-    if release == tested || built(&release) >= built(&tested) { (release, true) } else { (tested, false) }
-}
-
 #[test]
 fn three_hundred_layers_take_less_than_a_second_and_100_mib() {
     let work = WorkDir::new("deep");
     let dir = work.join("chain");
     deep_chain(&dir);
-    let (binary, optimised) = fastest();
+    let (tool, optimised) = Tool::fastest(PLEACH);
+    let binary = tool.path().to_owned();
     let (time_limit, memory_limit) =
         if optimised { (Duration::from_secs(1), 100 << 20) } else { (Duration::from_secs(4), 150 << 20) };
     // Once to warm up, and then the better of two: this machine has other things to do.

@@ -8,6 +8,7 @@ use pleach_format::{FormatError, HostCluster, HostOffset, L2Entry};
 use super::Repairer;
 use super::draft::Stage;
 use super::links::clusters;
+use crate::census::MOST_DIFFERENCES;
 use crate::check::copied_findings;
 use crate::walk::{Walked, walk};
 use crate::{CheckReport, Image, ImageError};
@@ -33,6 +34,15 @@ pub(crate) fn lower_leaks(repairer: &mut Repairer, before: &CheckReport) -> Resu
         repairer.note("leaks-left", "refcount block", None, None, message);
         return Ok(());
     }
+    let listed: u64 = before.findings.iter().filter(|f| f.code != "leak").map(|f| f.times).sum();
+    if listed != before.errors {
+        let message = format!(
+            "{} leaked clusters stay counted: there are too many errors to look at each",
+            before.leaks
+        );
+        repairer.note("leaks-left", "refcount block", None, None, message);
+        return Ok(());
+    }
     let image = repairer.image()?;
     let walked = walk(&image, &mut |_| Ok(()))?;
     if shared(&walked) {
@@ -51,11 +61,10 @@ pub(crate) fn lower_leaks(repairer: &mut Repairer, before: &CheckReport) -> Resu
             doubtful.extend(readings(&image, repairer.word(offset)?));
         }
     }
-    let found = walked.census.compare(&walked.counts);
     let end = image.file_len().div_ceil(image.geometry().cluster_size());
-    let (leaks, left): (Vec<Discrepancy>, Vec<Discrepancy>) = found
+    let (leaks, left): (Vec<Discrepancy>, Vec<Discrepancy>) = wrong_counts(&walked, end)?
         .into_iter()
-        .filter(|d| d.is_leak() && d.cluster.0 < end)
+        .filter(Discrepancy::is_leak)
         .partition(|d| !doubtful.contains(&d.cluster.0));
     for leak in left {
         let offset = Some(image.geometry().host_offset(leak.cluster).0);
@@ -70,6 +79,17 @@ pub(crate) fn lower_leaks(repairer: &mut Repairer, before: &CheckReport) -> Resu
         flags(repairer)?;
     }
     Ok(())
+}
+
+/// Every count of a file of `clusters` clusters that is not what the pointers say; one for what is not there takes no
+/// space.
+fn wrong_counts(walked: &Walked, clusters: u64) -> Result<Vec<Discrepancy>, ImageError> {
+    let found = walked.census.compare(&walked.counts, clusters, MOST_DIFFERENCES);
+    if !found.is_whole() {
+        let what = format!("{} counts are wrong, more than fit into memory", found.too_low + found.leaks);
+        return Err(ImageError::CannotRepair { what });
+    }
+    Ok(found.listed)
 }
 
 /// Every cluster that `entry` leads to, read as an entry of either kind, as it is or with one bit flipped.
@@ -114,9 +134,7 @@ pub(crate) fn settle(repairer: &mut Repairer) -> Result<(), ImageError> {
         return Err(ImageError::CannotRepair { what });
     }
     let end = repairer.len()?.div_ceil(g.cluster_size());
-    let mut found = walked.census.compare(&walked.counts);
-    // A count for what is not there takes no space.
-    found.retain(|d| !d.is_leak() || d.cluster.0 < end);
+    let mut found = wrong_counts(&walked, end)?;
     if !damaged && let Some(blocks) = missing_blocks(repairer, &image, &walked, &found)? {
         for &(cluster, _) in blocks.values() {
             found.retain(|d| d.cluster.0 != cluster);
