@@ -582,7 +582,10 @@ impl Image {
 }
 
 /// The snapshot with the id `wanted` or, if there is none, with that name.
-fn find_snapshot(snapshots: Vec<SnapshotRecord>, wanted: &[u8]) -> Result<SnapshotRecord, ImageError> {
+pub(crate) fn find_snapshot(
+    snapshots: Vec<SnapshotRecord>,
+    wanted: &[u8],
+) -> Result<SnapshotRecord, ImageError> {
     let by_id = snapshots.iter().any(|s| s.id == wanted);
     let mut found: Vec<SnapshotRecord> =
         snapshots.into_iter().filter(|s| if by_id { s.id == wanted } else { s.name == wanted }).collect();

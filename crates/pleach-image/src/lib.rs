@@ -58,4 +58,4 @@ pub use states::StatesEditor;
 pub use status::{Status, Stretch};
 pub use tables::TableEditor;
 pub use walk::Finding;
-pub use write::{Bits, WriteOptions, Writer};
+pub use write::{Bits, NewSnapshot, WriteOptions, Writer};

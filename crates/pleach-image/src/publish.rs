@@ -2,8 +2,8 @@
 
 use pleach_alloc::{Allocator, Write};
 use pleach_format::{
-    Autoclear, BackingFile, BitmapsExtension, FormatError, HeaderChange, HostCluster, HostOffset, Version,
-    rewrite_backing, rewrite_bitmaps, root,
+    Autoclear, BackingFile, BitmapsExtension, FormatError, HeaderChange, HostCluster, HostOffset,
+    Incompatible, Version, rewrite_backing, rewrite_bitmaps, root,
 };
 use pleach_store::Store;
 
@@ -192,6 +192,29 @@ fn change_header<E: From<ImageError>>(
         }
     }
     Ok(())
+}
+
+/// Lets the header name another snapshot table, which is durable: one write of the first sector.
+pub(crate) fn set_snapshots(store: &dyn Store, count: u32, table: HostOffset) -> Result<(), ImageError> {
+    let mut sector = read_sector(store)?;
+    root::set_snapshots(&mut sector, count, table.0);
+    write_sector(store, &sector)?;
+    // What only the old table leads to may become free afterwards.
+    barrier(store)
+}
+
+/// Sets or clears a mark among the incompatible features of a version 3 image.
+pub(crate) fn mark(store: &dyn Store, bit: Incompatible, set: bool) -> Result<(), ImageError> {
+    let word = read_head(store)?.header.incompatible().0;
+    let new = if set { word | bit.0 } else { word & !bit.0 };
+    if new == word {
+        return Ok(());
+    }
+    let mut sector = read_sector(store)?;
+    root::set_incompatible(&mut sector, new);
+    write_sector(store, &sector)?;
+    // What the mark allows happens after it; what it excuses has ended before it is cleared.
+    barrier(store)
 }
 
 fn write_all(store: &dyn Store, writes: &[Write]) -> Result<(), ImageError> {

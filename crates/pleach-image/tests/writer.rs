@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pleach_image::{Chain, Image, Layer, RawImage, WriteOptions, Writer};
+use pleach_image::{Chain, Image, Layer, NewSnapshot, RawImage, WriteOptions, Writer};
 use pleach_store::{Access, Disk, RealDisk};
 use pleach_testkit::files::WorkDir;
 use pleach_testkit::oracle::{self, Format, text};
@@ -390,13 +390,29 @@ impl<'a> Twins<'a> {
         match self.rng.below(6) {
             0 if self.kind.snapshots && self.snapshots.len() < 5 => {
                 let name = format!("s{}", self.rng.bits());
-                oracle::qemu_img(&["snapshot", "-q", "-c", &name, text(&ours)]);
+                if self.rng.chance(50) {
+                    qemu_snapshot(&ours, "-c", &name);
+                } else {
+                    let new = NewSnapshot { name: name.clone().into_bytes(), ..NewSnapshot::default() };
+                    self.ours(|writer| writer.take_snapshot(&new).map(drop));
+                }
                 self.snapshots.push((name, self.model.clone()));
             }
             1 if !self.snapshots.is_empty() => {
                 let index = self.rng.index(self.snapshots.len());
-                let (name, _) = self.snapshots.remove(index);
-                oracle::qemu_img(&["snapshot", "-q", "-d", &name, text(&ours)]);
+                match self.rng.below(4) {
+                    0 => qemu_snapshot(&ours, "-d", &self.snapshots.remove(index).0),
+                    1 => {
+                        let (name, _) = self.snapshots.remove(index);
+                        self.ours(|writer| writer.delete_snapshot(name.as_bytes()));
+                    }
+                    2 => {
+                        let name = format!("s{}", self.rng.bits());
+                        let old = std::mem::replace(&mut self.snapshots[index].0, name.clone());
+                        self.ours(|writer| writer.rename_snapshot(old.as_bytes(), name.as_bytes()));
+                    }
+                    _ => self.go_back(index),
+                }
             }
             2 if self.kind.bitmaps && self.dirty.is_none() => {
                 oracle::qemu_img(&["bitmap", "--add", "-g", "65536", text(&ours), "b"]);
@@ -418,4 +434,31 @@ impl<'a> Twins<'a> {
             }
         }
     }
+
+    /// Does something to the closed image through a writer of its own.
+    fn ours(&self, act: impl FnOnce(&Writer) -> Result<(), pleach_image::ImageError>) {
+        let writer = self.open();
+        act(&writer).and_then(|()| writer.close()).unwrap_or_else(|e| panic!("{}: {e}", self.what()));
+    }
+
+    /// Applies a snapshot, and lets the twin read as it does.
+    fn go_back(&mut self, index: usize) {
+        let (name, content) = self.snapshots[index].clone();
+        let v2 = self.kind.options.contains("compat=0.10");
+        if self.dirty.is_some() || v2 && content.len() != self.model.len() {
+            return;
+        }
+        self.ours(|writer| writer.apply_snapshot(name.as_bytes()));
+        self.twin();
+        self.model = content;
+        let (twin, pattern) = (self.path("twin"), self.path("pattern"));
+        std::fs::write(&pattern, &self.model).unwrap();
+        let size = self.model.len();
+        oracle::qemu_img(&["resize", "-q", "--shrink", text(&twin), &size.to_string()]);
+        oracle::qemu_io(&twin, Format::Qcow2, &[format!("write -q -s {} 0 {size}", text(&pattern))]);
+    }
+}
+
+fn qemu_snapshot(image: &Path, action: &str, name: &str) {
+    oracle::qemu_img(&["snapshot", "-q", action, name, text(image)]);
 }

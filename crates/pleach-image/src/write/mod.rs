@@ -4,6 +4,7 @@ mod bitmaps;
 mod cell;
 mod ops;
 mod resize;
+mod snapshots;
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -14,6 +15,7 @@ use pleach_store::Store;
 pub use self::bitmaps::Bits;
 use self::bitmaps::LiveBitmaps;
 use self::cell::{Cell, Shape};
+pub use self::snapshots::NewSnapshot;
 use crate::image::Table;
 use crate::{
     Chain, Image, ImageError, RepairMode, TableEditor, clear_unknown_autoclear, leaked, publish, release,
