@@ -6,11 +6,14 @@ use pleach_image::{Chain, Image};
 use pleach_store::FileId;
 use rayon::prelude::*;
 
+use crate::buffer::Buffer;
 use crate::map::{Extent, Mapper};
 use crate::{Error, ErrorKind, Result, Source, Watch, is_zero};
 
-/// Most bytes that one worker reads of each side in one go.
+/// Most bytes that one worker compares before it asks for more. No cluster is larger.
 const PIECE: u64 = 2 << 20;
+/// Bytes of each side that are read in one go, where compressed clusters are not larger: both stay in a small cache.
+const STEP: u64 = 128 << 10;
 /// Pieces that are read before more of the maps is looked at.
 const BATCH: usize = 256;
 /// The unit in which a difference is located.
@@ -69,6 +72,8 @@ struct Side<'a> {
     chain: &'a Chain,
     mapper: Mapper<'a>,
     layers: Vec<(FileId, Option<u64>)>,
+    /// Bytes that are read in one go.
+    step: u64,
 }
 
 impl<'a> Side<'a> {
@@ -79,7 +84,9 @@ impl<'a> Side<'a> {
             let tables = layer.image().filter(|i| !i.external_data()).map(Image::l1_table_offset);
             layers.push((stat.id, tables.map(|at| at.0)));
         }
-        Ok(Self { chain, mapper: Mapper::of(chain), layers })
+        let clusters = chain.layers().iter().filter_map(|l| l.image()).map(|i| i.geometry().cluster_size());
+        let step = clusters.fold(STEP, u64::max);
+        Ok(Self { chain, mapper: Mapper::of(chain), layers, step })
     }
 
     /// The extents of `range`; behind the end of the disk there are zeros.
@@ -196,7 +203,7 @@ fn read_pieces(sides: &[Side<'_>; 2], pieces: &[Piece], watch: &Watch) -> Result
     let first = pieces
         .par_iter()
         .map_init(
-            || [Vec::new(), Vec::new()],
+            || [Buffer::default(), Buffer::default()],
             |buffers, piece| {
                 if watch.should_stop() {
                     return Some(Err(Error::new(ErrorKind::Interrupted, "the comparison was interrupted")));
@@ -208,23 +215,42 @@ fn read_pieces(sides: &[Side<'_>; 2], pieces: &[Piece], watch: &Watch) -> Result
     first.transpose().map(|found| found.map(Difference::Content))
 }
 
-fn difference(sides: &[Side<'_>; 2], piece: &Piece, buffers: &mut [Vec<u8>; 2]) -> Result<Option<u64>> {
-    let len = usize::try_from(piece.range.end - piece.range.start).unwrap_or(0);
-    for ((side, buffer), read) in sides.iter().zip(&mut *buffers).zip(piece.read) {
+fn difference(sides: &[Side<'_>; 2], piece: &Piece, buffers: &mut [Buffer; 2]) -> Result<Option<u64>> {
+    let step = sides[0].step.max(sides[1].step);
+    let mut at = piece.range.start;
+    while at < piece.range.end {
+        // Steps end at multiples, so that no compressed cluster is read twice.
+        let end = ((at / step + 1) * step).min(piece.range.end);
+        if let Some(found) = difference_within(sides, at..end, piece.read, buffers)? {
+            return Ok(Some(found));
+        }
+        at = end;
+    }
+    Ok(None)
+}
+
+fn difference_within(
+    sides: &[Side<'_>; 2],
+    range: Range<u64>,
+    read: [bool; 2],
+    buffers: &mut [Buffer; 2],
+) -> Result<Option<u64>> {
+    let len = usize::try_from(range.end - range.start).unwrap_or(0);
+    for ((side, buffer), read) in sides.iter().zip(&mut *buffers).zip(read) {
         if read {
-            buffer.resize(len, 0);
             let path = side.chain.paths().first().map(|p| p.as_path()).unwrap_or_else(|| "".as_ref());
-            side.chain.read_at(piece.range.start, buffer).map_err(|e| Error::image(path, e))?;
+            side.chain.read_at(range.start, buffer.fresh(len)).map_err(|e| Error::image(path, e))?;
         }
     }
     let [a, b] = &*buffers;
-    let first = match piece.read {
+    let (a, b) = (a.bytes(), b.bytes());
+    let first = match read {
         [true, true] if a == b => None,
         [true, true] => a.iter().zip(b).position(|(a, b)| a != b),
         [true, false] => nonzero(a),
         _ => nonzero(b),
     };
-    Ok(first.map(|at| (piece.range.start + at as u64) / SECTOR * SECTOR))
+    Ok(first.map(|at| (range.start + at as u64) / SECTOR * SECTOR))
 }
 
 fn nonzero(bytes: &[u8]) -> Option<usize> {

@@ -28,6 +28,7 @@
 //! Not for: showing progress or asking questions; that is the caller's, through [`Watch`] and the plan.
 #![forbid(unsafe_code)]
 
+mod buffer;
 mod compare;
 pub mod convert;
 mod delete;

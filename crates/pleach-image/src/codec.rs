@@ -1,10 +1,11 @@
 //! Compressed clusters (spec: compressed clusters; deflate is raw, without any header).
 
+use std::cell::RefCell;
 use std::ops::RangeInclusive;
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 use pleach_format::{CompressionType, FormatError};
-use zstd_safe::{CCtx, CParameter};
+use zstd_safe::{CCtx, CParameter, DCtx, ResetDirective};
 
 /// log2 of the deflate window: readers that were set up for 4 KiB must not meet longer distances.
 const DEFLATE_WINDOW: u8 = 12;
@@ -136,18 +137,31 @@ fn is_noise(cluster: &[u8]) -> bool {
 /// Inflates one cluster into `out`, which it must fill. More output than that is ignored, as QEMU does; what follows
 /// the stream in `input` is another cluster's or nobody's.
 pub(crate) fn inflate(input: &[u8], out: &mut [u8]) -> bool {
-    let mut stream = Decompress::new(false);
     let want = out.len() as u64;
-    match stream.decompress(input, out, FlushDecompress::Finish) {
-        Ok(Status::StreamEnd | Status::Ok | Status::BufError) => stream.total_out() == want,
-        Err(_) => false,
-    }
+    INFLATER.with_borrow_mut(|stream| {
+        stream.reset(false);
+        match stream.decompress(input, out, FlushDecompress::Finish) {
+            Ok(Status::StreamEnd | Status::Ok | Status::BufError) => stream.total_out() == want,
+            Err(_) => false,
+        }
+    })
+}
+
+thread_local! {
+    /// To make one costs more than to inflate a cluster that is easy. Whoever takes one resets it first.
+    static INFLATER: RefCell<Decompress> = RefCell::new(Decompress::new(false));
+    static UNZSTD: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
 }
 
 /// Decompresses one cluster of zstd frames into `out`, which they must fill exactly; what follows in `input` is another
 /// cluster's or nobody's.
 pub(crate) fn unzstd(input: &[u8], out: &mut [u8]) -> bool {
-    let mut context = zstd_safe::DCtx::create();
+    UNZSTD.with_borrow_mut(|context| {
+        context.reset(ResetDirective::SessionOnly).is_ok() && unzstd_with(context, input, out)
+    })
+}
+
+fn unzstd_with(context: &mut DCtx<'_>, input: &[u8], out: &mut [u8]) -> bool {
     let mut from = zstd_safe::InBuffer::around(input);
     let mut to = zstd_safe::OutBuffer::around(out);
     while to.pos() < to.capacity() {
@@ -157,7 +171,7 @@ pub(crate) fn unzstd(input: &[u8], out: &mut [u8]) -> bool {
             // Nothing moved: the input is at its end.
             Ok(_) if before == (from.pos(), to.pos()) => return false,
             // The last frame must end where the cluster does.
-            Ok(left) if to.pos() == to.capacity() => return left == 0 || ends_here(&mut context, from),
+            Ok(left) if to.pos() == to.capacity() => return left == 0 || ends_here(context, from),
             Ok(_) => {}
         }
     }
@@ -165,7 +179,7 @@ pub(crate) fn unzstd(input: &[u8], out: &mut [u8]) -> bool {
 }
 
 /// Whether a frame whose output is complete ends without giving more.
-fn ends_here(context: &mut zstd_safe::DCtx<'_>, mut from: zstd_safe::InBuffer<'_>) -> bool {
+fn ends_here(context: &mut DCtx<'_>, mut from: zstd_safe::InBuffer<'_>) -> bool {
     let mut more = [0; 1];
     let mut to = zstd_safe::OutBuffer::around(&mut more[..]);
     context.decompress_stream(&mut to, &mut from).is_ok_and(|left| left == 0 && to.pos() == 0)

@@ -6,6 +6,7 @@ use pleach_format::{Geometry, GuestCluster, GuestOffset, Version};
 use pleach_image::{Bulk, Chain, Compressor, Content, ImageError, Piecework};
 use pleach_store::Store;
 
+use crate::buffer::Buffer;
 use crate::is_zero;
 
 /// Zeros of this length are left out of what is written: the file is new, and has a hole there.
@@ -23,7 +24,7 @@ pub(crate) struct Look<'a> {
 
 impl Look<'_> {
     /// Whether a few bytes of most clusters say what becomes of them.
-    pub(crate) fn is_short(&self) -> bool {
+    fn is_short(&self) -> bool {
         self.below.is_none() && !self.geometry.extended_l2()
     }
 }
@@ -41,8 +42,8 @@ struct Write {
 pub(crate) struct Batch {
     /// Guest ranges, whole clusters.
     ranges: Vec<Range<u64>>,
-    bytes: Vec<u8>,
-    below: Vec<u8>,
+    bytes: Buffer,
+    below: Buffer,
     packed: Vec<u8>,
     /// Guest cluster, what becomes of it, and its bytes: in `packed` if it is compressed, else in `bytes`.
     clusters: Vec<(GuestCluster, Content, Range<usize>)>,
@@ -103,8 +104,8 @@ impl Batch {
             for guest in range.clone().step_by(size) {
                 let place = at..at + size;
                 at += size;
-                let cluster = self.bytes.get(place.clone()).unwrap_or(&[]);
-                let below = look.below.map(|_| self.below.get(place.clone()).unwrap_or(&[]));
+                let cluster = self.bytes.bytes().get(place.clone()).unwrap_or(&[]);
+                let below = look.below.map(|_| self.below.bytes().get(place.clone()).unwrap_or(&[]));
                 let content = content(look, cluster, below);
                 let index = look.geometry.guest_cluster(GuestOffset(guest));
                 let Some(content) = content else { continue };
@@ -123,8 +124,7 @@ impl Batch {
         Ok(())
     }
 
-    /// Says what becomes of each cluster, reading no more than that needs; [`read`](Self::read) must come before
-    /// [`write`](Self::write) if [`Look::is_short`].
+    /// Says what becomes of each cluster, reading no more than that needs: nothing can be written then.
     ///
     /// # Errors
     /// What reading says.
@@ -133,9 +133,8 @@ impl Batch {
             return self.look(look);
         }
         let size = look.geometry.cluster_bytes();
-        self.bytes.resize(size, 0);
         // Nearly every cluster with data shows it at its start.
-        let (head, tail) = self.bytes.split_at_mut(size.min(HOLE));
+        let (head, tail) = self.bytes.fresh(size).split_at_mut(size.min(HOLE));
         for (n, guest) in self.ranges.iter().flat_map(|r| r.clone().step_by(size)).enumerate() {
             look.source.read_at(guest, head)?;
             let mut zero = is_zero(head);
@@ -209,7 +208,7 @@ impl Batch {
 
     /// Bytes that are not part of a block of zeros.
     pub(crate) fn nonzero_bytes(&self) -> u64 {
-        self.bytes.chunks(HOLE).filter(|block| !is_zero(block)).map(|block| block.len() as u64).sum()
+        self.bytes.bytes().chunks(HOLE).filter(|block| !is_zero(block)).map(|block| block.len() as u64).sum()
     }
 
     fn join_writes(&mut self) {
@@ -235,7 +234,7 @@ impl Batch {
     fn write_all(&self, store: &dyn Store) -> std::io::Result<u64> {
         let mut written = 0;
         for write in &self.writes {
-            let from = if write.packed { &self.packed } else { &self.bytes };
+            let from = if write.packed { &self.packed } else { self.bytes.bytes() };
             let bytes = from.get(write.range.clone()).unwrap_or(&[]);
             if write.packed {
                 store.write_at(write.offset, bytes)?;
@@ -316,10 +315,9 @@ fn subclusters(cluster: &[u8], below: Option<&[u8]>) -> Content {
     if data == 0 { Content::ZeroSubclusters(zero) } else { Content::Subclusters { data, zero } }
 }
 
-fn read(chain: &Chain, ranges: &[Range<u64>], bytes: &mut Vec<u8>) -> Result<(), ImageError> {
+fn read(chain: &Chain, ranges: &[Range<u64>], bytes: &mut Buffer) -> Result<(), ImageError> {
     let len = ranges.iter().map(|r| r.end - r.start).sum::<u64>();
-    bytes.resize(usize::try_from(len).unwrap_or(0), 0);
-    let mut rest = bytes.as_mut_slice();
+    let mut rest = bytes.fresh(usize::try_from(len).unwrap_or(0));
     for range in ranges {
         let (part, behind) = rest.split_at_mut(usize::try_from(range.end - range.start).unwrap_or(0));
         chain.read_at(range.start, part)?;

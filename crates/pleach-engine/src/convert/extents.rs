@@ -35,6 +35,12 @@ impl<'a> Extents<'a> {
         self.at.min(self.size)
     }
 
+    /// Bytes of the largest cluster of any layer: one that is compressed is decompressed as often as it is read from.
+    pub(crate) fn largest_cluster(&self) -> u64 {
+        let layers = self.chains.iter().flat_map(|c| c.layers());
+        layers.filter_map(|l| l.image()).map(|i| i.geometry().cluster_size()).max().unwrap_or(0)
+    }
+
     /// The ranges of the next window with any, in order, joined; starts and ends are multiples of `grain`, a power of two
     /// up to 2 MiB, and may lie behind the size. `None` at the end.
     ///

@@ -5,8 +5,9 @@ use std::path::Path;
 use pleach_format::{BitmapRecord, Version};
 use pleach_image::{Chain, Image, ImageError, Layer, Preallocation};
 
+use super::Target;
 use super::batch::{Batch, Fill};
-use super::{Job, Target};
+use super::job::Job;
 use crate::{Error, Result, Watch};
 
 /// Sizes of a copy in bytes. The file and its data file together, where there is one.
@@ -49,7 +50,7 @@ fn measure(source: Option<&Chain>, size: u64, target: &Target<'_>) -> Result<Nee
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     if let Some(source) = source.filter(|_| image.options.preallocation == Preallocation::Off) {
         let (look, watch) = (image.look(source, &bulk), Watch::new());
-        let mut job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, &watch);
+        let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, &watch);
         job.run(
             || Batch::new(None),
             |batch| batch.survey(&look),

@@ -5,28 +5,24 @@
 
 mod batch;
 mod extents;
+mod job;
 mod measure;
 mod space;
 
-use std::ops::Range;
 use std::path::Path;
 
 use pleach_format::NewHeader;
 use pleach_image::{Bulk, Chain, Compressor, CreateOptions, ImageError, Piecework, Preallocation};
 use pleach_store::{Disk, Store};
-use rayon::prelude::*;
 
 use crate::partial::Partial;
 use crate::{Error, ErrorKind, Result, Watch};
 use batch::{Batch, Fill, Look};
 use extents::Extents;
+use job::Job;
 
 pub use measure::{Needed, measure_empty, measure_source};
 
-/// Guest bytes a batch, where clusters are not larger.
-const BATCH: u64 = 512 << 10;
-/// Batches a thread that are read while as many are written.
-const BATCHES: usize = 2;
 /// Zeros shorter than this are copied to raw files.
 const RAW_GRAIN: u64 = 4096;
 
@@ -63,8 +59,8 @@ pub struct Converted {
 
 /// Writes what `source` reads as into the new file `out`, which has its name when it is whole and durable.
 ///
-/// Memory: two times two batches a thread, a batch being 512 KiB or a larger cluster, each with its compressed form, and
-/// one table of each kind.
+/// Memory: four batches a thread, a batch being 256 KiB or a larger cluster of either file, each with its compressed form,
+/// and one table of each kind.
 ///
 /// # Errors
 /// A file of that name; options that exclude each other; no space; damage in the source; [`ErrorKind::Interrupted`] if
@@ -97,7 +93,7 @@ fn to_raw(
     let io = |what: &'static str| move |e| Error::io(what, out, e);
     store.set_len(size).map_err(io("make the file as long as the disk"))?;
     preallocate(store, size, preallocation).map_err(io("reserve the space of the file"))?;
-    let mut job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
+    let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
     let written = job.run(
         || Batch::new(None),
         |_| Ok(()),
@@ -155,13 +151,11 @@ fn to_qcow2(
             .map_err(|source| ImageError::Io { what: "write a table", source })
     };
     let look = image.look(source, &bulk);
-    // Then clusters are read when they are written, while they are in the processor's cache.
-    let short = look.is_short() && image.compress.is_none();
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
-    let mut job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
+    let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
     let written = job.run(
         || Batch::new(image.compressor().ok().flatten()),
-        |batch| if short { batch.survey(&look) } else { batch.look(&look) },
+        |batch| batch.look(&look),
         |batch| {
             batch.place(&mut bulk, fill.as_mut(), &mut tables).map_err(wrap)?;
             match budget {
@@ -169,12 +163,7 @@ fn to_qcow2(
                 _ => Ok(()),
             }
         },
-        |batch| {
-            if short {
-                batch.read(source)?;
-            }
-            batch.write(data_store)
-        },
+        |batch| batch.write(data_store),
     )?;
     if let Some(fill) = &mut fill {
         let end = bulk.geometry().clusters_for(size).0;
@@ -300,65 +289,4 @@ fn preallocate(store: &dyn Store, len: u64, preallocation: Preallocation) -> std
         }
     }
     Ok(())
-}
-
-/// The way of all batches of one disk.
-struct Job<'a> {
-    extents: Extents<'a>,
-    /// Clusters of the new file, or what counts as one.
-    grain: u64,
-    out: &'a Path,
-    watch: &'a Watch,
-    waiting: Vec<Range<u64>>,
-}
-
-impl<'a> Job<'a> {
-    fn new(extents: Extents<'a>, grain: u64, out: &'a Path, watch: &'a Watch) -> Self {
-        Self { extents, grain, out, watch, waiting: Vec::new() }
-    }
-
-    /// Takes all batches through `look` and `write`, many at a time, and in between through `place`, in guest order.
-    /// Gives the sum of what `write` says.
-    fn run(
-        &mut self,
-        new: impl Fn() -> Batch,
-        look: impl Fn(&mut Batch) -> Result<(), ImageError> + Sync,
-        mut place: impl FnMut(&mut Batch) -> Result<()>,
-        write: impl Fn(&mut Batch) -> Result<u64, ImageError> + Sync,
-    ) -> Result<u64> {
-        let wrap = |e| Error::image(self.out, e);
-        let round = || (0..BATCHES * rayon::current_num_threads()).map(|_| new()).collect::<Vec<_>>();
-        let (mut coming, mut going) = (round(), round());
-        let (mut written, mut shown) = (0, 0);
-        loop {
-            if self.watch.should_stop() {
-                return Err(Error::new(ErrorKind::Interrupted, "stopped; nothing was made").at(self.out));
-            }
-            for batch in &mut coming {
-                if self.waiting.is_empty() {
-                    let mut ranges = self.extents.next(self.grain).map_err(wrap)?.unwrap_or_default();
-                    ranges.reverse();
-                    self.waiting = ranges;
-                }
-                batch.take(&mut self.waiting, BATCH.max(self.grain));
-            }
-            // One set is read while the other one is written.
-            let (looked, wrote) = rayon::join(
-                || coming.par_iter_mut().filter(|b| !b.is_empty()).try_for_each(&look),
-                || going.par_iter_mut().map(&write).sum::<Result<u64, ImageError>>(),
-            );
-            written += wrote.map_err(wrap)?;
-            looked.map_err(wrap)?;
-            for batch in coming.iter_mut().filter(|b| !b.is_empty()) {
-                place(batch)?;
-            }
-            let done = self.extents.at().saturating_sub(self.waiting.iter().map(|r| r.end - r.start).sum());
-            self.watch.advance(done.saturating_sub(shown));
-            shown = shown.max(done);
-            std::mem::swap(&mut coming, &mut going);
-            if going.iter().all(Batch::is_empty) {
-                return Ok(written);
-            }
-        }
-    }
 }

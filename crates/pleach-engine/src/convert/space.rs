@@ -5,9 +5,10 @@ use std::path::Path;
 use pleach_image::Chain;
 use pleach_store::Disk;
 
+use super::RAW_GRAIN;
 use super::batch::Batch;
 use super::extents::Extents;
-use super::{Job, RAW_GRAIN};
+use super::job::Job;
 use crate::{Error, ErrorKind, Result, Watch};
 
 /// Bytes that may still be written where `out` will be; `None` if nobody knows.
@@ -36,8 +37,7 @@ pub(super) fn check(disk: &dyn Disk, source: &Chain, out: &Path, most: u64, all:
         return Err(none(out, data, free));
     }
     let watch = Watch::new();
-    let (mut counted, mut job) =
-        (0, Job::new(Extents::new(vec![source], source.size()), RAW_GRAIN, out, &watch));
+    let (mut counted, job) = (0, Job::new(Extents::new(vec![source], source.size()), RAW_GRAIN, out, &watch));
     job.run(
         || Batch::new(None),
         |batch| batch.read(source),
