@@ -8,10 +8,20 @@ use crate::{Place, RefcountTable};
 
 const PAGE: u64 = 4096;
 
+/// The references to this many clusters in a row.
+type Page = [u32; 4096];
+
+static NONE: Page = [0; 4096];
+
 /// How many references to each host cluster a walk has met. Memory follows the clusters met, not the file's length.
 #[derive(Debug, Default)]
 pub struct Census {
-    pages: BTreeMap<u64, Vec<u32>>,
+    /// In the order in which they were met.
+    pages: Vec<Box<Page>>,
+    /// Where each page is in `pages`, by its number.
+    places: BTreeMap<u64, usize>,
+    /// Number and place of the page that was used last: the next cluster is mostly on it, too.
+    last: Option<(u64, usize)>,
 }
 
 /// A cluster whose stored count is not the number of references to it.
@@ -40,15 +50,54 @@ impl Census {
 
     /// Meets `times` references to a cluster.
     pub fn add(&mut self, cluster: HostCluster, times: u64) {
-        let page = self.pages.entry(cluster.0 / PAGE).or_insert_with(|| vec![0; 4096]);
-        if let Some(count) = usize::try_from(cluster.0 % PAGE).ok().and_then(|i| page.get_mut(i)) {
-            *count = count.saturating_add(u32::try_from(times).unwrap_or(u32::MAX));
+        self.add_run(cluster, 1, times);
+    }
+
+    /// Meets `times` references to each of `n` clusters in a row, the first of which is `cluster`.
+    fn add_run(&mut self, cluster: HostCluster, n: u64, times: u64) {
+        let times = u32::try_from(times).unwrap_or(u32::MAX);
+        let (mut first, mut left) = (cluster.0, n);
+        while left > 0 {
+            let (number, start) = (first / PAGE, slot(HostCluster(first)));
+            let n = left.min(PAGE - first % PAGE);
+            let place = match self.last {
+                Some((last, place)) if last == number => place,
+                _ => self.turn_to(number),
+            };
+            let page = self.pages.get_mut(place);
+            let counts = page.and_then(|page| page.get_mut(start..start + in_memory(n)));
+            for count in counts.unwrap_or_default() {
+                *count = count.saturating_add(times);
+            }
+            (first, left) = (first + n, left - n);
         }
+    }
+
+    /// Makes page `number`, if there is none, and remembers its place.
+    #[cold]
+    fn turn_to(&mut self, number: u64) -> usize {
+        let place = *self.places.entry(number).or_insert(self.pages.len());
+        if place == self.pages.len() {
+            // Not on the stack first.
+            let page = vec![0; NONE.len()].into_boxed_slice();
+            self.pages.push(page.try_into().expect("as long as a page"));
+        }
+        self.last = Some((number, place));
+        place
+    }
+
+    fn page(&self, number: u64) -> Option<&Page> {
+        self.places.get(&number).and_then(|&place| self.pages.get(place)).map(|page| &**page)
+    }
+
+    /// Numbers and pages in order.
+    fn pages(&self) -> impl Iterator<Item = (u64, &Page)> {
+        self.places.iter().filter_map(|(&number, &place)| Some((number, &**self.pages.get(place)?)))
     }
 
     /// One past the highest cluster met.
     pub fn end(&self) -> u64 {
-        let last = self.pages.last_key_value();
+        let last = self.places.last_key_value().and_then(|(&number, _)| Some((number, self.page(number)?)));
         let slot = last.and_then(|(_, counts)| counts.iter().rposition(|&c| c > 0));
         last.zip(slot).map_or(0, |((page, _), slot)| page * PAGE + slot as u64 + 1)
     }
@@ -60,23 +109,21 @@ impl Census {
         }
         let first = place.geometry.host_cluster(offset).0;
         let last = place.geometry.host_cluster(HostOffset(offset.0.saturating_add(len - 1))).0;
-        for cluster in first..=last {
-            self.add(HostCluster(cluster), times);
-        }
+        self.add_run(HostCluster(first), last - first + 1, times);
     }
 
     /// Forgets one reference to a cluster.
     pub fn forget(&mut self, cluster: HostCluster) {
-        let slot = usize::try_from(cluster.0 % PAGE).ok();
-        let page = self.pages.get_mut(&(cluster.0 / PAGE));
-        if let Some(count) = page.zip(slot).and_then(|(page, slot)| page.get_mut(slot)) {
+        let place = self.places.get(&(cluster.0 / PAGE));
+        let page = place.and_then(|&place| self.pages.get_mut(place));
+        if let Some(count) = page.and_then(|page| page.get_mut(slot(cluster))) {
             *count = count.saturating_sub(1);
         }
     }
 
     /// Calls `each` with every cluster that was met and its references, in order.
     pub fn for_each(&self, mut each: impl FnMut(HostCluster, u64)) {
-        for (&page, counts) in &self.pages {
+        for (page, counts) in self.pages() {
             for (slot, &references) in (0..).zip(counts) {
                 if references > 0 {
                     each(HostCluster(page * PAGE + slot), references.into());
@@ -87,9 +134,8 @@ impl Census {
 
     /// References met to `cluster`.
     pub fn count(&self, cluster: HostCluster) -> u64 {
-        let page = self.pages.get(&(cluster.0 / PAGE));
-        let slot = usize::try_from(cluster.0 % PAGE).ok();
-        page.zip(slot).and_then(|(page, slot)| page.get(slot)).copied().unwrap_or(0).into()
+        let page = self.page(cluster.0 / PAGE);
+        page.and_then(|page| page.get(slot(cluster))).copied().unwrap_or(0).into()
     }
 
     /// Meets what the refcount structures themselves take: the table and every block.
@@ -111,36 +157,53 @@ impl Census {
         let bound = clusters.max(self.end());
         let mut found = Comparison { end: self.end(), ..Comparison::default() };
         let (width, per_block) = (table.place().width, table.place().width.per_block(table.place().geometry));
-        let mut shared: Option<(HostOffset, Vec<u8>, Used)> = None;
+        // What lies both in one block and on one page: both hold a power of two.
+        let stride = per_block.min(PAGE);
+        let mut shared: Option<(HostOffset, Vec<u8>, Option<Used>)> = None;
         let mut blocks: Vec<u64> = Vec::new();
         for (index, block) in (0..bound.div_ceil(per_block)).zip(table.blocks()) {
             let Some(offset) = *block else { continue };
             blocks.push(index);
             if shared.as_ref().is_none_or(|(at, ..)| *at != offset) {
                 let bytes = table.read_block(index).map(|(_, bytes)| bytes).unwrap_or_default();
-                let used = Used::of(|slot| width.get(&bytes, slot), per_block, bytes.iter().all(|&b| b == 0));
-                shared = Some((offset, bytes, used));
+                shared = Some((offset, bytes, None));
             }
-            let Some((_, bytes, used)) = &shared else { continue };
+            let Some((_, bytes, used)) = &mut shared else { continue };
             let first = index * per_block;
-            let nobody = self.pages.range(first / PAGE..=(first + per_block - 1) / PAGE).next().is_none();
-            if nobody && first + per_block <= clusters && (used.count == 0 || found.listed_leaks >= most) {
-                found.leaks += used.count;
-                found.end = used.last.map_or(found.end, |last| found.end.max(first + last + 1));
-                continue;
-            }
-            for (slot, at) in (0..).zip(first..(first + per_block).min(bound)) {
-                let (stored, references) = (width.get(bytes, slot), self.count(HostCluster(at)));
-                if at >= clusters && stored > references {
+            let nobody = self.places.range(first / PAGE..=(first + per_block - 1) / PAGE).next().is_none();
+            if nobody && first + per_block <= clusters {
+                let used = used.get_or_insert_with(|| {
+                    let empty = bytes.iter().all(|&b| b == 0);
+                    Used::of(|slot| width.get(bytes, slot), per_block, empty)
+                });
+                if used.count == 0 || found.listed_leaks >= most {
+                    found.leaks += used.count;
+                    found.end = used.last.map_or(found.end, |last| found.end.max(first + last + 1));
                     continue;
                 }
-                if stored != 0 && at < clusters {
-                    found.end = found.end.max(at + 1);
+            }
+            let last = (first + per_block).min(bound);
+            let parts = (first..last).step_by(in_memory(stride));
+            for (part, bytes) in parts.zip(bytes.chunks(in_memory(stride * u64::from(width.bits()) / 8))) {
+                let counts = self.page(part / PAGE).unwrap_or(&NONE);
+                let counts = portion(counts, part, stride.min(last - part));
+                if width.holds(bytes, counts) {
+                    // What is counted here is referred to as well: the end is known.
+                    continue;
                 }
-                found.meet(Discrepancy { cluster: HostCluster(at), stored, references }, most);
+                for ((slot, at), &references) in (0..).zip(part..).zip(counts) {
+                    let (stored, references) = (width.get(bytes, slot), u64::from(references));
+                    if at >= clusters && stored > references {
+                        continue;
+                    }
+                    if stored != 0 && at < clusters {
+                        found.end = found.end.max(at + 1);
+                    }
+                    found.meet(Discrepancy { cluster: HostCluster(at), stored, references }, most);
+                }
             }
         }
-        for (&page, counts) in &self.pages {
+        for (page, counts) in self.pages() {
             for (at, &references) in (page * PAGE..).zip(counts) {
                 if references > 0 && blocks.binary_search(&(at / per_block)).is_err() {
                     let cluster = HostCluster(at);
@@ -209,4 +272,20 @@ impl Used {
         }
         Self { count, last }
     }
+}
+
+/// Where a cluster is on its page.
+fn slot(cluster: HostCluster) -> usize {
+    in_memory(cluster.0 % PAGE)
+}
+
+/// The `len` counts of a page from that of cluster `first`.
+fn portion(page: &Page, first: u64, len: u64) -> &[u32] {
+    let start = slot(HostCluster(first));
+    page.get(start..start + in_memory(len)).unwrap_or(&[])
+}
+
+/// A number of things in memory, as an index.
+fn in_memory(n: u64) -> usize {
+    usize::try_from(n).unwrap_or(usize::MAX)
 }

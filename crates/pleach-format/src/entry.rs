@@ -119,6 +119,15 @@ impl L2Entry {
         self.0 & COMPRESSED != 0
     }
 
+    /// The data cluster of a standard entry that has at most COPIED beside an aligned place up to `last`. `None` says
+    /// nothing about the entry: [`decode`](Self::decode) does.
+    #[inline]
+    pub fn plain_data(self, geometry: Geometry, last: HostOffset) -> Option<HostOffset> {
+        let place = self.0 & !COPIED;
+        (place != 0 && place <= last.0.min(OFFSET_MASK) && geometry.is_aligned(place))
+            .then_some(HostOffset(place))
+    }
+
     /// What a standard entry says; also the host part of an extended one, whose bitmap says the rest.
     ///
     /// # Errors

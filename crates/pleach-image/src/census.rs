@@ -7,7 +7,7 @@ use pleach_alloc::{Census, Discrepancy};
 use pleach_format::{HostOffset, L1Entry};
 
 use crate::image::read_l1;
-use crate::walk::{entries, walk};
+use crate::walk::{Entries, walk};
 use crate::{Image, ImageError};
 
 /// Every reference that the image's structures make to its host clusters.
@@ -59,6 +59,7 @@ impl Image {
         let mut known: BTreeMap<(u64, u32), Arc<[u64]>> = BTreeMap::new();
         let mut bytes = 0;
         let mut states = Vec::new();
+        let mut entries = Entries::new(self);
         for snapshot in self.snapshots()? {
             let key = (snapshot.l1_table_offset, snapshot.l1_size);
             if let Some(clusters) = known.get(&key) {
@@ -80,12 +81,13 @@ impl Image {
             tables.dedup();
             let mut clusters = Vec::new();
             for table in tables {
-                for (_, _, target) in entries(self, table.0)? {
-                    let Ok(target) = target else { continue };
+                entries.for_each(table.0, |_, _, target| {
+                    let Ok(target) = target else { return Ok(()) };
                     let end = target.offset.saturating_add(target.len.max(1)) - 1;
                     let first = g.host_cluster(HostOffset(target.offset)).0;
                     clusters.extend(first..=g.host_cluster(HostOffset(end)).0);
-                }
+                    Ok(())
+                })?;
             }
             clusters.sort_unstable();
             clusters.dedup();

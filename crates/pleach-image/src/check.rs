@@ -3,7 +3,7 @@
 use pleach_alloc::{Discrepancy, RefcountTable, Write};
 use pleach_format::{HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
 
-use crate::walk::{Finding, Walked, entries, walk};
+use crate::walk::{Entries, Finding, Walked, walk};
 use crate::{Image, ImageError};
 
 /// The outcome of a check.
@@ -58,6 +58,7 @@ pub fn check(image: &Image) -> Result<CheckReport, ImageError> {
 fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Result<(), ImageError> {
     let g = image.geometry();
     let mut counts = Counts::new(&walked.counts);
+    let mut entries = Entries::new(image);
     let data_file = image.header().incompatible().has(pleach_format::Incompatible::DATA_FILE);
     for (&at, used) in &walked.tables {
         if used.active.is_empty() {
@@ -73,13 +74,13 @@ fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Res
             }
         }
         let mut expected = None;
-        for (slot, raw, target) in entries(image, at)? {
-            let Ok(target) = target else { continue };
+        entries.for_each(at, |slot, raw, target| {
+            let Ok(target) = target else { return Ok(()) };
             report.allocated_clusters += 1;
             if raw.is_compressed() {
                 report.compressed_clusters += 1;
                 report.fragmented_clusters += 1;
-                continue;
+                return Ok(());
             }
             if expected.is_some_and(|e| e != target.offset) {
                 report.fragmented_clusters += 1;
@@ -91,7 +92,8 @@ fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Res
                 let guest = Some((used.guest + slot as u64 * g.cluster_size(), g.cluster_size()));
                 report.copied("L2 table", raw.0, place, guest, count, raw.copied());
             }
-        }
+            Ok(())
+        })?;
         if data_file {
             external(image, at, used.guest, report)?;
         }

@@ -261,15 +261,23 @@ impl Image {
     /// # Errors
     /// An entry that breaks the format, or a table outside the file.
     pub fn l2_table(&self, entry: L1Entry) -> Result<Option<Vec<u8>>, ImageError> {
+        let mut table = Vec::new();
+        self.read_l2_table(entry, &mut table)?;
+        Ok((!table.is_empty()).then_some(table))
+    }
+
+    /// As [`l2_table`](Self::l2_table), into a buffer that can be used again; it is empty if there is no table.
+    pub(crate) fn read_l2_table(&self, entry: L1Entry, table: &mut Vec<u8>) -> Result<(), ImageError> {
         let g = self.geometry();
         let Some(offset) = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))? else {
-            return Ok(None);
+            table.clear();
+            return Ok(());
         };
         let window = self.window()?;
         check_inside("L2 table", offset.0, g.cluster_size(), window.len(), g)?;
-        let mut table = vec![0; g.cluster_bytes()];
-        window.read_at(offset.0, &mut table);
-        Ok(Some(table))
+        table.resize(g.cluster_bytes(), 0);
+        window.read_at(offset.0, table);
+        Ok(())
     }
 
     /// What the active state says about the guest bytes that L1 entry number `index` answers for.
@@ -312,16 +320,16 @@ impl Image {
         table: &[u8],
         mut each: impl FnMut(usize, ExtendedL2Entry) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
-        let (words, _) = table.as_chunks::<8>();
-        let step = self.geometry().l2_entry_bytes() / 8;
-        for (slot, words) in words.chunks(step).enumerate() {
-            let word = |i: usize| words.get(i).map_or(0, |w| u64::from_be_bytes(*w));
-            let entry = ExtendedL2Entry { descriptor: L2Entry(word(0)), subclusters: word(1) };
-            if entry != ExtendedL2Entry::default() {
-                each(slot, entry)?;
-            }
+        let mut visit = |slot, [descriptor, subclusters]: [u64; 2]| match descriptor | subclusters {
+            0 => Ok(()),
+            _ => each(slot, ExtendedL2Entry { descriptor: L2Entry(descriptor), subclusters }),
+        };
+        let words = table.as_chunks::<8>().0;
+        if self.geometry().extended_l2() {
+            let mut pairs = words.as_chunks::<2>().0.iter().enumerate();
+            return pairs.try_for_each(|(slot, pair)| visit(slot, pair.map(u64::from_be_bytes)));
         }
-        Ok(())
+        words.iter().enumerate().try_for_each(|(slot, word)| visit(slot, [u64::from_be_bytes(*word), 0]))
     }
 
     /// Calls `each` with the stretches of the cluster at `guest` and what `entry` says about them.

@@ -4,6 +4,7 @@
 //! follows the tables that the file holds, not what its fields claim.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use pleach_alloc::{AllocError, Census, Place, RefcountTable};
 use pleach_format::{
@@ -284,10 +285,17 @@ impl Walk<'_> {
     /// Reads each L2 table once.
     fn l2_tables(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
         let g = self.geometry();
-        let tables: Vec<(u64, TableUse)> = self.tables.iter().map(|(at, t)| (*at, t.clone())).collect();
-        for (at, used) in tables {
+        let mut entries = Entries::new(self.image);
+        for (&at, used) in &self.tables {
             self.census.add_bytes(&self.place, HostOffset(at), g.cluster_size(), used.references);
-            for (slot, entry, targets) in entries(self.image, at)? {
+            // Clusters that follow one another are counted together: `run` is where they start and end. What starts
+            // where a cluster does, and right behind the others, has no cluster in common with them.
+            let mut run = 0..0;
+            let mut count = |run: Range<u64>| {
+                let len = run.end - run.start;
+                self.census.add_bytes(&self.place, HostOffset(run.start), len, used.references);
+            };
+            entries.for_each(at, |slot, entry, target| {
                 let guest = used.guest + slot as u64 * g.cluster_size();
                 let bad = |(code, message): (&'static str, String)| Finding {
                     code,
@@ -297,16 +305,19 @@ impl Walk<'_> {
                     message: format!("L2 entry {:#x}: {message}", entry.0),
                     times: used.references,
                 };
-                match targets {
+                match target {
                     Ok(Target { offset, len, complaint }) => {
-                        self.census.add_bytes(&self.place, HostOffset(offset), len, used.references);
-                        if let Some(complaint) = complaint {
-                            sink(bad(complaint))?;
+                        if offset == run.end && g.is_aligned(offset) {
+                            run.end += len;
+                        } else {
+                            count(std::mem::replace(&mut run, offset..offset.saturating_add(len)));
                         }
+                        complaint.map_or(Ok(()), |complaint| sink(bad(complaint)))
                     }
-                    Err(complaint) => sink(bad(complaint))?,
+                    Err(complaint) => sink(bad(complaint)),
                 }
-            }
+            })?;
+            count(run);
         }
         Ok(())
     }
@@ -509,18 +520,62 @@ fn whole_clusters(stretches: &[Stretch], g: Geometry) -> Vec<Stretch> {
 pub(crate) struct Target {
     pub(crate) offset: u64,
     pub(crate) len: u64,
-    complaint: Option<(&'static str, String)>,
+    complaint: Option<Complaint>,
 }
 
-/// The entries of the L2 table at `at` that refer to something or are wrong: slot, descriptor, target or complaint.
-type Entries = Vec<(usize, L2Entry, Result<Target, (&'static str, String)>)>;
+/// A code for programs, and what is wrong.
+type Complaint = (&'static str, String);
 
-pub(crate) fn entries(image: &Image, at: u64) -> Result<Entries, ImageError> {
-    let g = image.geometry();
-    let elsewhere = image.header().incompatible().has(Incompatible::DATA_FILE);
-    let table = image.l2_table(L1Entry(at))?.unwrap_or_default();
-    let mut out = Entries::new();
-    image.for_each_entry(&table, |slot, entry| {
+/// Reads the entries of one L2 table after the other, into one buffer.
+pub(crate) struct Entries<'a> {
+    image: &'a Image,
+    /// Guest data are in another file.
+    elsewhere: bool,
+    /// The last place for a cluster, for entries that can be judged by it alone; 0 if none can.
+    last: HostOffset,
+    table: Vec<u8>,
+}
+
+impl<'a> Entries<'a> {
+    pub(crate) fn new(image: &'a Image) -> Self {
+        let g = image.geometry();
+        let elsewhere = image.header().incompatible().has(Incompatible::DATA_FILE);
+        let last = match elsewhere || g.extended_l2() {
+            true => 0,
+            false => image.file_len().next_multiple_of(g.cluster_size()).saturating_sub(g.cluster_size()),
+        };
+        Self { image, elsewhere, last: HostOffset(last), table: Vec::new() }
+    }
+
+    /// Calls `each` with the entries of the L2 table at `at` that refer to something or are wrong: slot, descriptor,
+    /// target or complaint.
+    ///
+    /// # Errors
+    /// What `each` says; a table outside the file.
+    pub(crate) fn for_each(
+        &mut self,
+        at: u64,
+        mut each: impl FnMut(usize, L2Entry, Result<Target, Complaint>) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
+        self.image.read_l2_table(L1Entry(at), &mut self.table)?;
+        let g = self.image.geometry();
+        self.image.for_each_entry(&self.table, |slot, entry| {
+            let raw = entry.descriptor;
+            if let Some(data) = raw.plain_data(g, self.last) {
+                return each(
+                    slot,
+                    raw,
+                    Ok(Target { offset: data.0, len: g.cluster_size(), complaint: None }),
+                );
+            }
+            self.judge(entry).map_or(Ok(()), |target| each(slot, raw, target))
+        })
+    }
+
+    /// What any entry refers to, or what is wrong with it; `None` if neither.
+    fn judge(&self, entry: ExtendedL2Entry) -> Option<Result<Target, Complaint>> {
+        let (image, elsewhere) = (self.image, self.elsewhere);
+        let g = image.geometry();
         let raw = entry.descriptor;
         let mut complaint = None;
         let mut mapping = raw.decode(g, image.header().version());
@@ -569,12 +624,10 @@ pub(crate) fn entries(image: &Image, at: u64) -> Result<Entries, ImageError> {
             Err(error) => Some(lost(&error)),
         };
         match (target, complaint) {
-            (Some(Ok(target)), complaint) => out.push((slot, raw, Ok(Target { complaint, ..target }))),
-            (Some(Err(lost)), _) => out.push((slot, raw, Err(lost))),
-            (None, Some(complaint)) => out.push((slot, raw, Err(complaint))),
-            (None, None) => {}
+            (Some(Ok(target)), complaint) => Some(Ok(Target { complaint, ..target })),
+            (Some(Err(lost)), _) => Some(Err(lost)),
+            (None, Some(complaint)) => Some(Err(complaint)),
+            (None, None) => None,
         }
-        Ok(())
-    })?;
-    Ok(out)
+    }
 }

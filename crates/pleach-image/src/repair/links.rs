@@ -13,7 +13,7 @@ use super::draft::Stage;
 use super::entry::{Becomes, Judge};
 use super::pointers::{Roles, judge};
 use crate::check::Counts;
-use crate::walk::{entries, walk};
+use crate::walk::{Entries, walk};
 use crate::{Image, ImageError, codec};
 
 /// The clusters that `len` bytes from `offset` touch.
@@ -37,10 +37,11 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
     }
     let walked = walk(&image, &mut |_| Ok(()))?;
     let mut stored = Counts::new(&walked.counts);
+    let mut entries = Entries::new(&image);
     let mut owners: HashMap<u64, (u64, u64)> = HashMap::new();
     for (&at, used) in &walked.tables {
-        for (slot, raw, target) in entries(&image, at)? {
-            let Ok(target) = target else { continue };
+        entries.for_each(at, |slot, raw, target| {
+            let Ok(target) = target else { return Ok(()) };
             let guest = used.guest + slot as u64 * g.cluster_size();
             let (mut why, mut doubted) = (None, Vec::new());
             for cluster in clusters(g, target.offset, target.len) {
@@ -78,7 +79,7 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
                 for cluster in doubted {
                     owners.entry(cluster).or_insert((guest, 0)).1 += used.references;
                 }
-                continue;
+                return Ok(());
             };
             if fixed_places {
                 let what = format!(
@@ -93,7 +94,8 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
             repairer.draft.write(Stage::Mend, place, &bytes)?;
             let message = format!("the cluster at {:#x} {why}: {outcome}", target.offset);
             repairer.note("cross-link", "L2 table", Some(place), Some((guest, g.cluster_size())), message);
-        }
+            Ok(())
+        })?;
     }
     Ok(())
 }
