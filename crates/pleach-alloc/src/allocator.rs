@@ -172,29 +172,45 @@ impl Allocator {
         if n == 1 {
             return self.allocate();
         }
-        let mut start = self.end;
-        while let Some(next) = self.obstacle(start, n)? {
-            start = next;
+        loop {
+            let start = self.end;
+            if self.cover(start, n)? {
+                continue;
+            }
+            match (start..start + n).rev().find(|&c| self.count(HostCluster(c)) != 0) {
+                Some(counted) => self.end = counted + 1,
+                None => {
+                    for cluster in start..start + n {
+                        self.set(cluster, 1)?;
+                    }
+                    self.end = start + n;
+                    return Ok(HostCluster(start));
+                }
+            }
         }
-        for cluster in start..start + n {
-            self.set(cluster, 1)?;
-        }
-        self.end = self.end.max(start + n);
-        Ok(HostCluster(start))
     }
 
-    /// Where to look next if the `n` clusters from `start` are not all free, with their counters in place.
-    fn obstacle(&mut self, start: u64, n: u64) -> Result<Option<u64>, AllocError> {
-        for cluster in start..start + n {
-            if self.ensure_block(cluster / self.per_block(), cluster)? {
-                // The new block, or the new table, took the place.
-                return Ok(Some(self.end.max(cluster + 1)));
+    /// Makes the blocks that the `n` clusters from `start` on lack, behind everything in use: so the place to be covered
+    /// moves on, by less than what was made covers. True if anything was made.
+    fn cover(&mut self, start: u64, n: u64) -> Result<bool, AllocError> {
+        let per_block = self.per_block();
+        for index in start / per_block..=(start + n - 1) / per_block {
+            if self.block(index).is_some() {
+                continue;
             }
-            if self.count(HostCluster(cluster)) != 0 {
-                return Ok(Some(cluster + 1));
+            let at = self.end;
+            if index >= self.entries.len() as u64 {
+                self.grow_table(index, at.max(index * per_block))?;
+            } else if self.count(HostCluster(at)) != 0 {
+                self.end = at + 1;
+            } else if !self.ensure_block(at / per_block, at)? {
+                self.new_block(index, at);
+                self.set(at, 1)?;
+                self.end = at + 1;
             }
+            return Ok(true);
         }
-        Ok(None)
+        Ok(false)
     }
 
     /// Raises the count of `cluster`, which is in use, by one.
@@ -475,6 +491,36 @@ mod tests {
                 used.insert(c.0);
             });
             assert_eq!(used, expected, "bits {bits} order {order}");
+        }
+    }
+
+    /// Runs that need more than one refcount block, and a longer table, are found at once: they end near the sum of all.
+    #[test]
+    fn long_runs_are_found() {
+        for (bits, order, runs) in [
+            (9, 6, [1000, 70, 9000]),
+            (9, 4, [300, 3000, 40000]),
+            (9, 0, [5000, 9000, 2]),
+            (12, 6, [600, 5000, 2000]),
+        ] {
+            let (_dir, store, mut place) = fresh(bits, order);
+            let mut allocator = Allocator::load(&*store, place).unwrap();
+            let mut last = 3;
+            for n in runs {
+                let first = allocator.allocate_contiguous(n).unwrap().0;
+                assert!(first >= last, "bits {bits} order {order}: {first} is in use");
+                assert!((first..first + n).all(|c| allocator.count(HostCluster(c)) == 1));
+                last = first + n;
+            }
+            let sum: u64 = runs.iter().sum();
+            let per_block = place.width.per_block(place.geometry);
+            assert!(last < 4 * sum + 70 * per_block, "bits {bits} order {order}: {last} for {sum}");
+            write(&*store, &mut place, &mut allocator);
+            store.set_len(allocator.end().0 << bits).unwrap();
+            let table = RefcountTable::load(&*store, place).unwrap();
+            for block in table.blocks().iter().flatten() {
+                assert_eq!(allocator.count(HostCluster(block.0 >> bits)), 1, "a block counts itself");
+            }
         }
     }
 

@@ -23,7 +23,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
     let mut documents = Vec::new();
     let mut worst = 0;
     let images = images(args)?;
-    let mut failed = false;
+    let mut failed = None;
     if let Some(file) = &args.undo {
         return take_back(&images, file, args.json);
     }
@@ -33,7 +33,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
             Err(error) if images.len() == 1 => return Err(error),
             // The others are worth checking all the same.
             Err(error) => {
-                failed = true;
+                failed.get_or_insert(output::exit_code(error.kind));
                 worst = worst.max(if error.kind == ErrorKind::Corrupt { ERRORS } else { 0 });
                 if args.json {
                     documents.push(
@@ -59,7 +59,8 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
     if args.json {
         output::document(&json!({ "schema": 1, "images": documents }));
     }
-    Ok(ExitCode::from(if failed && worst == 0 { 1 } else { worst }))
+    // What was found counts for more than what could not be looked at.
+    Ok(ExitCode::from(if worst == 0 { failed.unwrap_or(0) } else { worst }))
 }
 
 /// The images that are meant: files as they are named, the qcow2 images of directories, and chains if asked for.

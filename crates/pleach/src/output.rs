@@ -92,6 +92,11 @@ fn code(kind: ErrorKind) -> (u8, &'static str) {
     }
 }
 
+/// The exit code of a kind of failure.
+pub(crate) fn exit_code(kind: ErrorKind) -> u8 {
+    code(kind).0
+}
+
 /// Reports a failure and gives its exit code.
 pub(crate) fn failure(error: &Error, json: bool) -> ExitCode {
     let (exit, _) = code(error.kind);

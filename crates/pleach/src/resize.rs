@@ -37,6 +37,7 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<ExitCode> {
                 .hint("delete them first, or give them another backing file"));
         }
     }
+    image.check(&args.image, to)?;
     if args.dry_run {
         plan.show(args.json, "plan");
         return Ok(ExitCode::SUCCESS);
@@ -77,6 +78,14 @@ impl Resizable {
     fn size(&self) -> u64 {
         match self {
             Self::Qcow2(_, size) | Self::Raw(_, size) => *size,
+        }
+    }
+
+    /// Refuses, before anything is shown or asked, what cannot be done.
+    fn check(&self, path: &Path, to: u64) -> Result<()> {
+        match self {
+            Self::Qcow2(Some(writer), _) => writer.check_resize(to).map_err(|e| Error::image(path, e)),
+            _ => Ok(()),
         }
     }
 

@@ -97,6 +97,8 @@ fn what_cannot_be_is_said() {
     let (new, old) = (work.join("new.qcow2"), work.join("old.qcow2"));
     qemu_img(&["create", "-q", "-f", "qcow2", text(&new), "4M"]);
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "compat=0.10", text(&old), "4M"]);
+    let empty = work.join("empty.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", text(&empty), "0"]);
     pleach(&["add", text(&new), "a"]);
     let before = oracle::hash_file(&new).unwrap();
     let long = "n".repeat(1024);
@@ -106,6 +108,7 @@ fn what_cannot_be_is_said() {
         (&["add", text(&new), &long], 1, "1 to 1023"),
         (&["add", text(&new), "g", "--granularity", "100"], 1, "power of two"),
         (&["add", text(&old), "a"], 1, "version 2"),
+        (&["add", text(&empty), "a"], 1, "0 bytes"),
         (&["remove", text(&new), "b"], 7, "no bitmap"),
         (&["merge", text(&new), "a", "--from", "b"], 7, "no bitmap"),
     ];

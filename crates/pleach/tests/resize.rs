@@ -41,6 +41,26 @@ fn it_grows_and_shrinks_as_qemu_img_says() {
     }
 }
 
+/// L1 tables longer than what one refcount block covers.
+#[test]
+fn long_tables_of_small_clusters_find_room() {
+    let work = WorkDir::new("resize-small");
+    for (bits, size) in [("64", "2G"), ("16", "8G"), ("1", "8G")] {
+        let path = image(&work, bits, &format!("cluster_size=512,refcount_bits={bits}"), "1M");
+        Tool::new(PLEACH).succeed(&["resize", text(&path), size]);
+        assert!(fs::metadata(&path).unwrap().len() < 40 << 20);
+        io_at_the_end(&path, size);
+        Tool::new(PLEACH).succeed(&["resize", text(&path), "1G", "--shrink", "-y"]);
+        oracle::check_clean(&path);
+    }
+}
+
+fn io_at_the_end(path: &std::path::Path, size: &str) {
+    let end = size.trim_end_matches('G').parse::<u64>().unwrap() << 30;
+    qemu_io(path, Format::Qcow2, &[format!("write -q -P 7 {} 4k", end - 4096)]);
+    oracle::check_clean(path);
+}
+
 #[test]
 fn a_shrunk_file_gives_its_space_back() {
     let work = WorkDir::new("resize-space");
@@ -69,8 +89,10 @@ fn snapshots_keep_their_content_and_their_size() {
     // A version 2 image has no place for the snapshot's own size.
     let old = image(&work, "old.qcow2", "compat=0.10", "2M");
     qemu_img(&["snapshot", "-c", "s", text(&old)]);
-    let refused = Tool::new(PLEACH).run(&["resize", text(&old), "3M"]);
-    assert_eq!(refused.code, Some(1), "{}", refused.text());
+    for more in [&[][..], &["-n"]] {
+        let refused = Tool::new(PLEACH).run(&[&["resize", text(&old), "3M"][..], more].concat());
+        assert_eq!(refused.code, Some(8), "{}", refused.text());
+    }
 }
 
 #[test]

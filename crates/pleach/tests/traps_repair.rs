@@ -362,3 +362,24 @@ fn a_dry_run_changes_nothing_and_an_image_in_use_is_left_alone() {
     assert_ne!(outcome.code, Some(0), "{outcome}");
     assert!(fs::read(&path).unwrap() == damaged);
 }
+
+/// What fuzzing found: no repair leaves more errors than there were, and a second one finds nothing to do.
+#[test]
+fn finds_of_the_fuzzer_are_not_made_worse() {
+    let finds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/hostile");
+    let work = WorkDir::new("finds");
+    for find in std::fs::read_dir(finds).unwrap() {
+        let find = find.unwrap().path();
+        for mode in ["leaks", "all"] {
+            let copy = work.join("image");
+            std::fs::copy(&find, &copy).unwrap();
+            let errors = || {
+                let outcome = Tool::new(PLEACH).run(&["check", "--json", text(&copy)]);
+                outcome.json()["images"][0]["errors"].as_u64().unwrap_or(u64::MAX)
+            };
+            let before = errors();
+            Tool::new(PLEACH).run(&["check", "--repair", mode, text(&copy)]);
+            assert!(errors() <= before, "{} --repair {mode}", find.display());
+        }
+    }
+}

@@ -23,8 +23,12 @@ const OF_ENTRIES: [&str; 5] =
     ["l2-pointer", "l2-reserved", "l2-compressed-copied", "l2-compressed-length", "l2-subclusters"];
 
 /// Lowers counts that are too high, and nothing else. Where a pointer is damaged, what it may have led to stays counted;
-/// where a table is, everything does.
-pub(crate) fn lower_leaks(repairer: &mut Repairer, before: &CheckReport) -> Result<(), ImageError> {
+/// where a table is, everything does. With `unused_only`, so does everything that is in use.
+pub(crate) fn lower_leaks(
+    repairer: &mut Repairer,
+    before: &CheckReport,
+    unused_only: bool,
+) -> Result<(), ImageError> {
     let codes = || before.findings.iter().map(|f| f.code);
     if let Some(code) = codes().find(|c| !OF_COUNTS.contains(c) && !OF_ENTRIES.contains(c)) {
         let message = format!(
@@ -65,10 +69,14 @@ pub(crate) fn lower_leaks(repairer: &mut Repairer, before: &CheckReport) -> Resu
     let (leaks, left): (Vec<Discrepancy>, Vec<Discrepancy>) = wrong_counts(&walked, end)?
         .into_iter()
         .filter(Discrepancy::is_leak)
-        .partition(|d| !doubtful.contains(&d.cluster.0));
+        .partition(|d| !doubtful.contains(&d.cluster.0) && (!unused_only || d.references == 0));
     for leak in left {
         let offset = Some(image.geometry().host_offset(leak.cluster).0);
-        let message = format!("cluster {} stays counted: a damaged entry may lead to it", leak.cluster.0);
+        let why = match leak.references {
+            0 => "a damaged entry may lead to it",
+            _ => "it is in use, and flags would have to change with its count; --repair all does that",
+        };
+        let message = format!("cluster {} stays counted: {why}", leak.cluster.0);
         repairer.note("leak-left", "refcount block", offset, None, message);
     }
     set(repairer, &walked.counts, &leaks)?;

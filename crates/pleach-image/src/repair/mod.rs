@@ -129,6 +129,16 @@ pub fn repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPlan, Im
 /// A header that does not say where the tables are, a file that cannot be read, or
 /// [`ImageError::CannotRepair`] for damage that nothing can be made of.
 pub fn plan_repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPlan, ImageError> {
+    let plan = plan_with(store, mode, false)?;
+    if mode == RepairMode::Leaks && plan.after.errors > plan.before.errors {
+        // Beside other damage, a count that falls to 1 may leave a COPIED flag that does not fit it.
+        return plan_with(store, mode, true);
+    }
+    Ok(plan)
+}
+
+/// With `unused_only`, leaks of clusters that are in use stay.
+fn plan_with(store: &Arc<dyn Store>, mode: RepairMode, unused_only: bool) -> Result<RepairPlan, ImageError> {
     let before = first_look(store)?;
     let draft = Arc::new(Draft::new(Arc::clone(store))?);
     let mut repairer = Repairer {
@@ -143,7 +153,7 @@ pub fn plan_repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPla
     forget_unknown(&mut repairer)?;
     if before.errors > 0 || before.leaks > 0 {
         match mode {
-            RepairMode::Leaks => counts::lower_leaks(&mut repairer, &before)?,
+            RepairMode::Leaks => counts::lower_leaks(&mut repairer, &before, unused_only)?,
             RepairMode::All => everything(&mut repairer)?,
         }
     }

@@ -282,6 +282,9 @@ impl Writer {
             if state.shape.version == Version::V2 {
                 return refuse("a version 2 image cannot hold bitmaps".to_owned());
             }
+            if state.image.size() == 0 {
+                return refuse("a disk of 0 bytes cannot have bitmaps".to_owned());
+            }
             if records.iter().any(|r| r.name == name) {
                 return refuse(format!("there is a bitmap \"{}\" already", escape(name)));
             }

@@ -8,6 +8,14 @@ use super::{State, Writer};
 use crate::ImageError;
 
 impl Writer {
+    /// Refuses what [`resize`](Self::resize) would refuse.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_resize(&self, size: u64) -> Result<(), ImageError> {
+        self.read().may_resize(size)
+    }
+
     /// Makes the disk `size` bytes long. What is new reads as zeros, whatever the image, a longer backing file or a
     /// virtual machine's saved state held there. What is cut off is gone: ask before.
     ///
@@ -23,7 +31,8 @@ impl Writer {
     ///
     /// # Errors
     /// [`ImageError::Refused`] for sizes that are not a positive multiple of 512 or too large for the cluster size, for
-    /// version 2 images with snapshots or over a longer backing file, and for images with inconsistent bitmaps.
+    /// version 2 images over a longer backing file, and for images with inconsistent bitmaps;
+    /// [`ImageError::Unsupported`] for version 2 images with snapshots.
     pub fn resize(&self, size: u64) -> Result<(), ImageError> {
         let mut state = self.write();
         state.may_resize(size)?;
@@ -60,7 +69,9 @@ impl State {
         }
         if header.version() == Version::V2 {
             if header.nb_snapshots() != 0 {
-                return refuse("a version 2 image with internal snapshots cannot be resized".to_owned());
+                return Err(ImageError::Unsupported {
+                    feature: "resizing a version 2 image with internal snapshots",
+                });
             }
             if self.image.size() < size && self.backing.size() > self.image.size() {
                 return refuse(
