@@ -662,6 +662,15 @@ pub(crate) fn read_l1(
     let (bytes, file) =
         (u64::from(entries) * 8, store.len().map_err(ImageError::io("find the file's length"))?);
     check_inside("L1 table", offset.0, bytes, file, geometry)?;
+    if offset.0 + bytes > file {
+        // Every writer writes the whole table: what is missing was cut off, and is not empty.
+        return Err(ImageError::Outside {
+            structure: "L1 table",
+            offset: offset.0,
+            length: bytes,
+            file_length: file,
+        });
+    }
     // In pieces: the table alone may have 32 MiB.
     let mut l1 = Vec::with_capacity(usize::try_from(entries).unwrap_or(0));
     let mut piece = vec![0; 64 << 10];
