@@ -3,8 +3,9 @@
 use alloc::vec::Vec;
 
 use crate::FormatError;
+use crate::Geometry;
 use crate::error::check_range;
-use crate::header::{MAX_L1_ENTRIES, be};
+use crate::header::be;
 
 /// One entry of the snapshot table, as stored; strings are raw bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,7 +84,7 @@ impl SnapshotRecord {
         let Some(disk_size) = self.disk_size else {
             return Err(FormatError::Missing { structure: "disk size of a snapshot" });
         };
-        check_range("snapshot l1_size", self.l1_size.into(), 0, MAX_L1_ENTRIES.into())?;
+        check_range("snapshot l1_size", self.l1_size.into(), 0, Geometry::MAX_L1_ENTRIES.into())?;
         let length = |field, len: usize| {
             let max = u16::MAX;
             u16::try_from(len).map_err(|_| FormatError::OutOfRange {
@@ -215,7 +216,7 @@ mod tests {
             ("extra data size is 1025, must be in 24..=1024", |r| r.unknown_extra = std::vec![0; 1001]),
             ("id length is 65536", |r| r.id = std::vec![b'1'; 65536]),
             ("name length is 65536, must be in 0..=65535", |r| r.name = std::vec![b'n'; 65536]),
-            ("l1_size is 4194305", |r| r.l1_size = MAX_L1_ENTRIES + 1),
+            ("l1_size is 4194305", |r| r.l1_size = Geometry::MAX_L1_ENTRIES + 1),
         ];
         for (want, edit) in cases {
             let mut bad = record(1);

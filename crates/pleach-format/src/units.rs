@@ -99,6 +99,14 @@ impl Geometry {
         self.cluster_size() * self.l2_entries()
     }
 
+    /// Most L1 entries of one state that QEMU opens: 32 MiB of table.
+    pub const MAX_L1_ENTRIES: u32 = 4 << 20;
+
+    /// The largest disk: a multiple of 512 bytes whose L1 table is not too long, and at most 2^63 - 512.
+    pub fn max_disk(self) -> u64 {
+        u64::from(Self::MAX_L1_ENTRIES).saturating_mul(self.l1_span()).min(i64::MAX as u64 & !511)
+    }
+
     /// L1 entries that a disk of `size` bytes needs.
     pub fn required_l1(self, size: u64) -> u64 {
         size.div_ceil(self.l1_span())
@@ -144,6 +152,13 @@ impl Geometry {
         ClusterCount(bytes.div_ceil(self.cluster_size()))
     }
 
+    /// The host clusters that `bytes` bytes from `offset` on touch, in order; none for no bytes.
+    pub fn touched(self, offset: HostOffset, bytes: u64) -> impl Iterator<Item = HostCluster> + use<> {
+        let first = self.host_cluster(offset).0;
+        let end = offset.0.saturating_add(bytes).div_ceil(self.cluster_size());
+        (first..if bytes == 0 { first } else { end }).map(HostCluster)
+    }
+
     /// Whether `value` is a multiple of the cluster size.
     pub fn is_aligned(self, value: u64) -> bool {
         value & (self.cluster_size() - 1) == 0
@@ -174,6 +189,9 @@ mod tests {
         assert_eq!(g.compressed_offset_bits(), 54);
         assert_eq!(g.cluster_at(HostOffset(0x20001)), None);
         assert_eq!(g.cluster_at(HostOffset(0x20000)), Some(HostCluster(2)));
+        for (offset, bytes, want) in [(0x1ffff, 2, 1..3), (0x10000, 0x10000, 1..2), (0x10000, 0, 1..1)] {
+            assert!(g.touched(HostOffset(offset), bytes).eq(want.map(HostCluster)), "{offset:#x}");
+        }
         let e = Geometry::new(16, true).unwrap();
         assert_eq!((e.l1_span(), e.subcluster_size()), (256 << 20, 2048));
         for (bits, extended) in [(8, false), (22, false), (13, true)] {

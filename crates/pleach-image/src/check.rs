@@ -1,6 +1,6 @@
 //! Consistency of one image: what `qemu-img check` counts, and why.
 
-use pleach_alloc::{Discrepancy, RefcountTable, Write};
+use pleach_alloc::{Discrepancy, Place, RefcountTable, Write};
 use pleach_format::{HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
 
 use crate::walk::{Entries, Finding, Walked, walk};
@@ -129,23 +129,58 @@ fn external(image: &Image, at: u64, base: u64, report: &mut CheckReport) -> Resu
 }
 
 /// The entries of the active tables whose COPIED flags do not fit the stored counts, as they should be: where, and what.
-/// For an image whose counts are right.
+/// For an image in which nothing else is wrong.
 ///
 /// # Errors
-/// As [`check`]; a pointer that breaks the format or leads out of the file.
+/// A refcount table or a table that cannot be read, or breaks the format.
 pub fn copied_repairs(image: &Image) -> Result<Vec<Write>, ImageError> {
-    let walked = walk(image, &mut |finding| {
-        Err(ImageError::Damaged { what: finding.message, offset: finding.offset })
-    })?;
-    let mut repairs = Vec::new();
-    for finding in copied_findings(image, &walked)? {
-        let Some(offset) = finding.offset else { continue };
-        let mut entry = [0; 8];
-        image.store().read_at(offset, &mut entry).map_err(ImageError::io("read a table entry"))?;
-        let flipped = u64::from_be_bytes(entry) ^ 1 << 63;
-        repairs.push(Write { offset: HostOffset(offset), bytes: flipped.to_be_bytes().to_vec() });
+    let table = RefcountTable::load(&**image.store(), Place::of(image.header()))?;
+    let mut counts = Counts::new(&table);
+    copied_entries(image, &mut |cluster| counts.get(cluster))
+}
+
+/// The entries of the active tables whose COPIED flags do not fit what `count` says, as they should be.
+pub(crate) fn copied_entries(
+    image: &Image,
+    count: &mut dyn FnMut(HostCluster) -> u64,
+) -> Result<Vec<Write>, ImageError> {
+    let (g, version) = (image.geometry(), image.header().version());
+    let width = g.l2_entry_bytes();
+    let mut writes = Vec::new();
+    for (slot, entry) in (0..).zip(image.l1()) {
+        let at = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
+        let Some((at, table)) = at.zip(image.l2_table(*entry)?) else { continue };
+        let wanted = entry.with_copied(count(g.host_cluster(at)) == 1);
+        if wanted != *entry {
+            let offset = HostOffset(image.header().l1_table_offset().0 + slot * 8);
+            writes.push(Write { offset, bytes: wanted.0.to_be_bytes().to_vec() });
+        }
+        if image.external_data() {
+            // Every allocated entry has the flag: nothing there is counted.
+            continue;
+        }
+        let mut fitted = table.clone();
+        let mut changed: Option<(usize, usize)> = None;
+        image.for_each_entry(&table, |slot, entry| {
+            let raw = entry.descriptor;
+            let Ok(Mapping::Data(host) | Mapping::ZeroAllocated(host)) = raw.decode(g, version) else {
+                return Ok(());
+            };
+            let wanted = raw.with_copied(count(g.host_cluster(host)) == 1);
+            if wanted != raw
+                && let Some(field) = fitted.get_mut(slot * width..slot * width + 8)
+            {
+                field.copy_from_slice(&wanted.0.to_be_bytes());
+                changed = Some((changed.map_or(slot, |c| c.0), slot));
+            }
+            Ok(())
+        })?;
+        if let Some((first, last)) = changed {
+            let bytes = fitted.get(first * width..(last + 1) * width).unwrap_or_default().to_vec();
+            writes.push(Write { offset: HostOffset(at.0 + (first * width) as u64), bytes });
+        }
     }
-    Ok(repairs)
+    Ok(writes)
 }
 
 /// The COPIED flags that do not fit the stored counts.

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pleach_format::{
     BitmapRecord, CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset,
-    Header, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList, SnapshotRecord,
+    Header, HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList,
+    SnapshotRecord,
 };
 use pleach_store::{Store, Window};
 use smallvec::SmallVec;
@@ -15,8 +16,6 @@ use crate::{ImageError, codec};
 
 /// Enough for nearly every header with its extensions and names.
 const HEAD: usize = 4096;
-/// Most L1 entries that are read for an internal snapshot: 32 MiB, as of the active state.
-const MAX_L1_ENTRIES: u32 = 4 << 20;
 /// Bytes of L2 tables kept for random reads.
 const CACHE_BYTES: usize = 16 << 20;
 
@@ -488,6 +487,18 @@ impl Image {
         self.file_len().next_multiple_of(cluster).saturating_sub(extent.offset.0).min(extent.bytes)
     }
 
+    /// The host clusters that an entry which says `mapping` is counted for, each once. Guest data in another file are not
+    /// counted.
+    pub(crate) fn counted_clusters(&self, mapping: Mapping) -> impl Iterator<Item = HostCluster> + use<> {
+        let (at, len) = match mapping {
+            _ if self.external_data() => (HostOffset(0), 0),
+            Mapping::Data(at) | Mapping::ZeroAllocated(at) => (at, self.geometry().cluster_size()),
+            Mapping::Compressed(extent) => (extent.offset, self.counted_bytes(extent).max(1)),
+            Mapping::Unallocated | Mapping::Zero => (HostOffset(0), 0),
+        };
+        self.geometry().touched(at, len)
+    }
+
     pub(crate) fn cached_table(&self, index: u64) -> Result<Option<Arc<[u8]>>, ImageError> {
         let lock = || self.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(table) = lock().get(&index) {
@@ -543,16 +554,20 @@ impl Image {
     pub fn snapshot_l1(&self, snapshot: &SnapshotRecord) -> Result<(Vec<L1Entry>, u64), ImageError> {
         let (g, size) = (self.geometry(), snapshot.disk_size.unwrap_or(self.header().size()) & !511);
         let at = HostOffset(snapshot.l1_table_offset);
-        if snapshot.l1_size > MAX_L1_ENTRIES {
-            let (value, max) = (snapshot.l1_size.into(), MAX_L1_ENTRIES.into());
+        if snapshot.l1_size > Geometry::MAX_L1_ENTRIES {
+            let (value, max) = (snapshot.l1_size.into(), Geometry::MAX_L1_ENTRIES.into());
             let source = FormatError::OutOfRange { field: "snapshot l1_size", value, min: 0, max };
             return Err(ImageError::Format { structure: "snapshot table entry", offset: None, source });
         }
         let l1 = read_l1(&*self.store, g, at, snapshot.l1_size)?;
         if (l1.len() as u64) < g.required_l1(size) {
             let (value, min) = (l1.len() as u64, g.required_l1(size));
-            let source =
-                FormatError::OutOfRange { field: "snapshot l1_size", value, min, max: MAX_L1_ENTRIES.into() };
+            let source = FormatError::OutOfRange {
+                field: "snapshot l1_size",
+                value,
+                min,
+                max: Geometry::MAX_L1_ENTRIES.into(),
+            };
             return Err(ImageError::Format { structure: "snapshot table entry", offset: None, source });
         }
         Ok((l1, size))

@@ -1,7 +1,7 @@
-//! One qcow2 image, or a chain of them, opened: guest bytes out, and the one writer of root pointers.
+//! One qcow2 image, or a chain of them, opened: guest bytes in and out, and the one writer of root pointers.
 //!
 //! An [`Image`] is one qcow2 file with its tables checked as they are met; a [`Chain`] is an image over its backing
-//! files, read as the guest would read it. [`publish`] carries out a prepared change in the order that keeps every
+//! files, read as the guest would read it; a [`Writer`] is an image that guest bytes are written to. [`publish`] carries out a prepared change in the order that keeps every
 //! instant readable. What is not supported is refused by name ([`ImageError::Unsupported`]), never read wrongly.
 //!
 //! ```

@@ -4,9 +4,7 @@ use std::borrow::Borrow;
 use std::collections::BTreeMap;
 
 use pleach_alloc::{Allocator, Write};
-use pleach_format::{
-    ExtendedL2Entry, GuestCluster, HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, Mapping,
-};
+use pleach_format::{ExtendedL2Entry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
 
 use crate::image::entry_at;
 use crate::publish::NewRoot;
@@ -205,20 +203,8 @@ impl<I: Borrow<Image>> TableEditor<I> {
     }
 
     fn drop_target(&mut self, mapping: Mapping) {
-        let g = self.image().geometry();
-        if self.image().header().incompatible().has(Incompatible::DATA_FILE) {
-            // Guest data in another file are not counted.
-            return;
-        }
-        match mapping {
-            Mapping::Data(at) | Mapping::ZeroAllocated(at) => self.drops.push(g.host_cluster(at)),
-            Mapping::Compressed(extent) => {
-                let touched = self.image().counted_bytes(extent);
-                let end = HostOffset(extent.offset.0 + touched.max(1) - 1);
-                self.drops.extend((g.host_cluster(extent.offset).0..=g.host_cluster(end).0).map(HostCluster));
-            }
-            Mapping::Unallocated | Mapping::Zero => {}
-        }
+        let targets = self.image().counted_clusters(mapping);
+        self.drops.extend(targets);
     }
 
     /// The table of L1 slot `l1` as one that this image may change: in place if nobody else refers to it.
@@ -282,8 +268,7 @@ impl<I: Borrow<Image>> TableEditor<I> {
             }
             switch.root = Some(NewRoot { size, l1_size, l1_table_offset: at });
             let old = u64::from(header.l1_size()) * 8;
-            let first = g.host_cluster(header.l1_table_offset()).0;
-            switch.drops.extend((first..first + g.clusters_for(old).0).map(HostCluster));
+            switch.drops.extend(g.touched(header.l1_table_offset(), old));
         } else if size != header.size() {
             let (l1_size, l1_table_offset) = (header.l1_size(), header.l1_table_offset());
             switch.root = Some(NewRoot { size, l1_size, l1_table_offset });

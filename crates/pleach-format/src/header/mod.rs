@@ -28,8 +28,6 @@ use raw::{MAGIC, V2_LENGTH, V3_MIN_LENGTH};
 pub use raw::{RawHeader, RawHeaderV3};
 pub use rewrite::HeaderChange;
 
-/// Most L1 entries that QEMU opens: 32 MiB of table.
-pub(crate) const MAX_L1_ENTRIES: u32 = 4 << 20;
 /// Largest refcount table that QEMU opens.
 const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// Longest file name.
@@ -313,7 +311,7 @@ impl Header {
         }
         check_range("size", self.stored_size, 0, i64::MAX as u64)?;
         let required = g.required_l1(self.size());
-        check_range("l1_size", self.l1_size.into(), required, MAX_L1_ENTRIES.into())?;
+        check_range("l1_size", self.l1_size.into(), required, Geometry::MAX_L1_ENTRIES.into())?;
         aligned("l1_table_offset", self.l1_table_offset)?;
         if self.l1_size > 0 {
             check_range("l1_table_offset", self.l1_table_offset.0, g.cluster_size(), MAX_OFFSET)?;

@@ -110,13 +110,8 @@ impl NewHeader {
         let table_max = super::MAX_REFCOUNT_TABLE / geometry.cluster_size();
         check_range("refcount_table_clusters", self.refcount_table_clusters.into(), 1, table_max)?;
         let l1_entries = geometry.required_l1(self.size);
-        let l1_size = u32::try_from(l1_entries).ok().filter(|&n| n <= super::MAX_L1_ENTRIES).ok_or(
-            FormatError::OutOfRange {
-                field: "size",
-                value: self.size,
-                min: 0,
-                max: u64::from(super::MAX_L1_ENTRIES) * geometry.l1_span(),
-            },
+        let l1_size = u32::try_from(l1_entries).ok().filter(|&n| n <= Geometry::MAX_L1_ENTRIES).ok_or(
+            FormatError::OutOfRange { field: "size", value: self.size, min: 0, max: geometry.max_disk() },
         )?;
         let mut out = self.fixed(l1_size);
         let mut append = |kind, data| Extension { kind, data, at: 0 }.encode(&mut out);

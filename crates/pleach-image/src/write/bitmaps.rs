@@ -7,8 +7,7 @@ use std::ops::Range;
 
 use pleach_alloc::Write;
 use pleach_format::{
-    BitmapCluster, BitmapRecord, BitmapTableEntry, BitmapsExtension, Geometry, HostCluster, HostOffset,
-    Version,
+    BitmapCluster, BitmapRecord, BitmapTableEntry, BitmapsExtension, HostCluster, HostOffset, Version,
 };
 use pleach_store::Store;
 
@@ -253,7 +252,8 @@ impl Image {
     /// The host clusters that a bitmap takes: its table and its data.
     fn bitmap_clusters(&self, record: &BitmapRecord) -> Result<Vec<HostCluster>, ImageError> {
         let g = self.geometry();
-        let mut out = clusters(g, record.table_offset, u64::from(record.table_size) * 8);
+        let table = HostOffset(record.table_offset);
+        let mut out: Vec<HostCluster> = g.touched(table, u64::from(record.table_size) * 8).collect();
         for entry in self.bitmap_table(record)? {
             if let BitmapCluster::Data(at) = entry {
                 out.push(g.host_cluster(at));
@@ -261,12 +261,6 @@ impl Image {
         }
         Ok(out)
     }
-}
-
-/// The clusters that `len` bytes from the aligned `offset` take.
-fn clusters(g: Geometry, offset: u64, len: u64) -> Vec<HostCluster> {
-    let first = g.host_cluster(HostOffset(offset)).0;
-    (first..first + g.clusters_for(len).0).map(HostCluster).collect()
 }
 
 impl Writer {
@@ -394,12 +388,7 @@ impl Writer {
         edit: impl FnOnce(&mut State, &mut Vec<BitmapRecord>) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
         let mut state = self.write();
-        if state.begun {
-            state.guard(|state| {
-                state.publish()?;
-                state.write_bitmaps_back()
-            })?;
-        }
+        state.settle()?;
         let mut records = state.image.bitmaps()?;
         edit(&mut state, &mut records)?;
         state.guard(|state| {
@@ -414,6 +403,17 @@ fn find<'a>(records: &'a mut [BitmapRecord], name: &[u8]) -> Result<&'a mut Bitm
 }
 
 impl State {
+    /// Publishes what was written so far, and lets the bitmaps be trusted: nothing is under way any more.
+    pub(super) fn settle(&mut self) -> Result<(), ImageError> {
+        self.guard(|state| match state.begun {
+            true => {
+                state.publish()?;
+                state.write_bitmaps_back()
+            }
+            false => Ok(()),
+        })
+    }
+
     /// Writes the bitmaps that recorded, and lets them be trusted again. The next change marks them anew.
     pub(super) fn write_bitmaps_back(&mut self) -> Result<(), ImageError> {
         self.begun = false;
@@ -487,7 +487,7 @@ impl State {
         }
         let bad = ImageError::format("header", None);
         if let Some(extension) = self.image.header().bitmaps().map_err(bad)? {
-            drops.extend(clusters(g, extension.directory_offset, extension.directory_size));
+            drops.extend(g.touched(HostOffset(extension.directory_offset), extension.directory_size));
         }
         let mut switch = Switch::default();
         let bad = ImageError::format("bitmap directory", None);

@@ -6,7 +6,7 @@ mod ops;
 mod resize;
 mod snapshots;
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use pleach_alloc::{Allocator, Place};
 use pleach_format::{Autoclear, GuestCluster, HostCluster, HostOffset, Incompatible, Mapping};
@@ -16,6 +16,7 @@ pub use self::bitmaps::Bits;
 use self::bitmaps::LiveBitmaps;
 use self::cell::{Cell, Shape};
 pub use self::snapshots::NewSnapshot;
+use crate::codec::Compressor;
 use crate::image::Table;
 use crate::{
     Chain, Image, ImageError, RepairMode, TableEditor, clear_unknown_autoclear, leaked, publish, release,
@@ -58,6 +59,8 @@ struct State {
     /// The data file is a faithful raw image and must stay one.
     raw: bool,
     level: Option<u32>,
+    /// For compressed writes, once there was one. The mutex is there to let readers share this.
+    compressor: Option<Mutex<Compressor>>,
     editor: TableEditor<Arc<Image>>,
     allocator: Allocator,
     /// Where the next compressed cluster may start.
@@ -104,6 +107,7 @@ impl Writer {
             data: options.data_file,
             backing: options.backing.unwrap_or_else(|| Chain::new(Vec::new())),
             level: options.level,
+            compressor: None,
             packing: None,
             changed: false,
             begun: false,

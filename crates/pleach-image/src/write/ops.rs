@@ -3,6 +3,8 @@
 //! Data go into clusters that nothing leads to, or in place where a cluster has one owner; entries change in memory and
 //! are published later, all at once. So no order is kept here.
 
+use std::sync::{Mutex, PoisonError};
+
 use pleach_format::{ExtendedL2Entry, GuestCluster, GuestOffset, HostOffset, L2Entry, Version};
 
 use super::State;
@@ -338,9 +340,16 @@ impl State {
         }
         let mut whole = bytes.to_vec();
         whole.resize(g.cluster_bytes(), 0);
-        let compression = self.image.header().compression();
-        let compressor = Compressor::new(compression, self.level).map_err(ImageError::format("option", None));
-        let packed = compressor?.compress(&whole);
+        let compressor = match self.compressor.take() {
+            Some(compressor) => compressor,
+            None => {
+                let compression = self.image.header().compression();
+                let made = Compressor::new(compression, self.level);
+                Mutex::new(made.map_err(ImageError::format("option", None))?)
+            }
+        };
+        let compressor = self.compressor.insert(compressor);
+        let packed = compressor.get_mut().unwrap_or_else(PoisonError::into_inner).compress(&whole);
         let Some(packed) = packed else { return self.write(offset, bytes) };
         let at = self.pack(packed.len() as u64)?;
         let entry = L2Entry::compressed(g, at, packed.len() as u64).ok_or(ImageError::Refused {

@@ -5,7 +5,7 @@ use pleach_format::{GuestCluster, GuestOffset, HostOffset, Version};
 
 use super::cell::Cell;
 use super::{State, Writer};
-use crate::ImageError;
+use crate::{ImageError, clear_unknown_autoclear};
 
 impl Writer {
     /// Refuses what [`resize`](Self::resize) would refuse.
@@ -36,10 +36,9 @@ impl Writer {
     pub fn resize(&self, size: u64) -> Result<(), ImageError> {
         let mut state = self.write();
         state.may_resize(size)?;
-        state.begin()?;
+        state.settle()?;
         state.guard(|state| {
-            state.publish()?;
-            state.write_bitmaps_back()?;
+            clear_unknown_autoclear(&*state.store)?;
             let bitmaps = state.suspend_bitmaps()?;
             match size >= state.image.size() {
                 true => state.grow(size)?,
@@ -59,8 +58,7 @@ impl State {
         if size == 0 || !size.is_multiple_of(512) {
             return refuse(format!("the new size is {size}, must be a positive multiple of 512"));
         }
-        // QEMU opens L1 tables of up to 32 MiB.
-        let most = (4u64 << 20).saturating_mul(g.l1_span()).min(i64::MAX as u64 & !511);
+        let most = g.max_disk();
         if size > most {
             return refuse(format!(
                 "the new size is {size}, must be at most {most} with clusters of {} bytes",

@@ -5,14 +5,13 @@
 //! flags do not fit each other yet, a version 3 image is marked dirty.
 
 use pleach_alloc::{Allocator, Place, Write};
-use pleach_format::{
-    HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, Mapping, SnapshotRecord, Version,
-};
+use pleach_format::{HostCluster, HostOffset, Incompatible, L1Entry, SnapshotRecord, Version};
 
 use super::{State, Writer};
+use crate::check::copied_entries;
 use crate::image::find_snapshot;
 use crate::publish::{NewRoot, mark, set_snapshots};
-use crate::{Image, ImageError, Switch, publish};
+use crate::{ImageError, Switch, clear_unknown_autoclear, publish};
 
 /// What a new snapshot says about itself.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -116,6 +115,7 @@ impl Writer {
             record.name = name.to_vec();
         }
         state.guard(|state| {
+            clear_unknown_autoclear(&*state.store)?;
             let mut switch = Switch::default();
             let table = state.place_records(&records, &mut switch)?;
             publish(&*state.store, &mut state.allocator, &switch)?;
@@ -136,15 +136,6 @@ impl State {
             return Err(ImageError::Unsupported { feature: "internal snapshots with an external data file" });
         }
         Ok(())
-    }
-
-    /// Everything written so far is published, and nothing is marked in use.
-    fn settle(&mut self) -> Result<(), ImageError> {
-        self.begin()?;
-        self.guard(|state| {
-            state.publish()?;
-            state.write_bitmaps_back()
-        })
     }
 
     /// The snapshots; each knows the size of its disk.
@@ -175,31 +166,12 @@ impl State {
             let Some((at, table)) = at.zip(image.l2_table(*entry)?) else { continue };
             each(self, g.host_cluster(at))?;
             image.for_each_entry(&table, |_, entry| {
-                for cluster in self.targets(&image, entry.descriptor)? {
-                    each(self, cluster)?;
-                }
-                Ok(())
+                let mapping = entry.descriptor.decode(g, image.header().version());
+                let mapping = mapping.map_err(ImageError::format("L2 entry", None))?;
+                image.counted_clusters(mapping).try_for_each(|cluster| each(self, cluster))
             })?;
         }
         Ok(())
-    }
-
-    /// The host clusters that an entry counts.
-    fn targets(
-        &self,
-        image: &Image,
-        entry: L2Entry,
-    ) -> Result<impl Iterator<Item = HostCluster> + use<>, ImageError> {
-        let g = self.shape.geometry;
-        let mapping = entry.decode(g, self.shape.version).map_err(ImageError::format("L2 entry", None))?;
-        let (at, len) = match mapping {
-            Mapping::Data(at) | Mapping::ZeroAllocated(at) => (at, g.cluster_size()),
-            Mapping::Compressed(extent) => (extent.offset, image.counted_bytes(extent).max(1)),
-            Mapping::Zero | Mapping::Unallocated => (HostOffset(0), 0),
-        };
-        let first = g.host_cluster(at).0;
-        let end = if len == 0 { first } else { g.host_cluster(HostOffset(at.0 + len - 1)).0 + 1 };
-        Ok((first..end).map(HostCluster))
     }
 
     /// One more count for everything in the tree under `l1`, in memory.
@@ -215,46 +187,6 @@ impl State {
             }
             state.allocator.raise(cluster).map_err(ImageError::from)
         })
-    }
-
-    /// The entries of the active tables whose COPIED flags do not fit the counts in memory, as they should be.
-    fn copied_entries(&mut self) -> Result<Vec<Write>, ImageError> {
-        let g = self.shape.geometry;
-        let image = std::sync::Arc::clone(&self.image);
-        let width = g.l2_entry_bytes();
-        let mut writes = Vec::new();
-        for (slot, entry) in image.l1().iter().enumerate() {
-            let at = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
-            let Some((at, mut table)) = at.zip(image.l2_table(*entry)?) else { continue };
-            let wanted = entry.with_copied(self.allocator.count(g.host_cluster(at)) == 1);
-            if wanted != *entry {
-                let offset = HostOffset(image.header().l1_table_offset().0 + slot as u64 * 8);
-                writes.push(Write { offset, bytes: wanted.0.to_be_bytes().to_vec() });
-            }
-            let mut changed: Option<(usize, usize)> = None;
-            let before = table.clone();
-            image.for_each_entry(&before, |slot, entry| {
-                let raw = entry.descriptor;
-                let Ok(Mapping::Data(host) | Mapping::ZeroAllocated(host)) =
-                    raw.decode(g, self.shape.version)
-                else {
-                    return Ok(());
-                };
-                let wanted = raw.with_copied(self.allocator.count(g.host_cluster(host)) == 1);
-                if wanted != raw
-                    && let Some(field) = table.get_mut(slot * width..slot * width + 8)
-                {
-                    field.copy_from_slice(&wanted.0.to_be_bytes());
-                    changed = Some((changed.map_or(slot, |c| c.0), slot));
-                }
-                Ok(())
-            })?;
-            if let Some((first, last)) = changed {
-                let bytes = table.get(first * width..(last + 1) * width).unwrap_or_default().to_vec();
-                writes.push(Write { offset: HostOffset(at.0 + (first * width) as u64), bytes });
-            }
-        }
-        Ok(writes)
     }
 
     /// ```text
@@ -281,7 +213,8 @@ impl State {
                 new.l1_table_offset = offset.0;
             }
         }
-        switch.entries = self.copied_entries()?;
+        let allocator = &mut self.allocator;
+        switch.entries = copied_entries(&self.image, &mut |cluster| allocator.count(cluster))?;
         let table = self.place_records(&records, &mut switch)?;
         publish(&*self.store, &mut self.allocator, &switch)?;
         self.switch_records(&records, table)?;
@@ -320,8 +253,7 @@ impl State {
             drops.push(cluster);
             Ok(())
         })?;
-        let first = g.host_cluster(old_at).0;
-        drops.extend((first..first + g.clusters_for(old.len() as u64 * 8).0).map(HostCluster));
+        drops.extend(g.touched(old_at, old.len() as u64 * 8));
         self.release(&drops)?;
         self.reopen()?;
         self.fit_copied()?;
@@ -345,8 +277,7 @@ impl State {
             drops.push(cluster);
             Ok(())
         })?;
-        let first = g.host_cluster(at).0;
-        drops.extend((first..first + g.clusters_for(u64::from(gone.l1_size) * 8).0).map(HostCluster));
+        drops.extend(g.touched(at, u64::from(gone.l1_size) * 8));
         let mut switch = Switch::default();
         let table = self.place_records(records, &mut switch)?;
         publish(&*self.store, &mut self.allocator, &switch)?;
@@ -383,9 +314,7 @@ impl State {
         for record in &old {
             len = len.next_multiple_of(8) + record.stored_bytes;
         }
-        let first = g.host_cluster(self.image.header().snapshots_offset()).0;
-        let drops: Vec<HostCluster> =
-            (first..first + g.clusters_for(len as u64).0).map(HostCluster).collect();
+        let drops: Vec<HostCluster> = g.touched(self.image.header().snapshots_offset(), len as u64).collect();
         let count = u32::try_from(records.len()).unwrap_or(u32::MAX);
         set_snapshots(&*self.store, count, table)?;
         self.release(&drops)?;
@@ -394,12 +323,17 @@ impl State {
 
     /// Writes COPIED flags of the active state that fit the counts, which are durable.
     fn fit_copied(&mut self) -> Result<(), ImageError> {
-        let entries = self.copied_entries()?;
+        let allocator = &mut self.allocator;
+        let entries = copied_entries(&self.image, &mut |cluster| allocator.count(cluster))?;
         publish(&*self.store, &mut self.allocator, &Switch { entries, ..Switch::default() })?;
         self.reopen()
     }
 
+    /// Setting the mark is the first change of an operation, clearing it the last.
     fn mark_dirty(&mut self, dirty: bool) -> Result<(), ImageError> {
+        if dirty {
+            clear_unknown_autoclear(&*self.store)?;
+        }
         if self.shape.version == Version::V2 {
             return Ok(());
         }

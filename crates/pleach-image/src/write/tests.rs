@@ -268,3 +268,9 @@ fn content(image: Image) -> Vec<u8> {
     Chain::new(vec![Arc::new(Layer::Qcow2(image))]).read_at(0, &mut bytes).unwrap();
     bytes
 }
+
+#[test]
+fn a_writer_is_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Writer>();
+}
