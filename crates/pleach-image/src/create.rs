@@ -226,13 +226,14 @@ impl Layout {
             _ => options.preallocation,
         };
         let preallocated = preallocation != Preallocation::Off;
-        if preallocated && options.backing.is_some() && !options.extended_l2 {
+        // What a raw data file implies is refused for the file's own reason.
+        if options.preallocation != Preallocation::Off && options.backing.is_some() && !options.extended_l2 {
             let other = "a backing file without extended L2 entries";
             return Err(refused(FormatError::Excluded { one: "preallocation", other }));
         }
         let geometry = Geometry::new(options.cluster_bits, options.extended_l2).map_err(refused)?;
-        let size = options.size.checked_next_multiple_of(512).filter(|&s| i64::try_from(s).is_ok());
-        let size = size.ok_or_else(|| out_of_range("virtual size", options.size, i64::MAX as u64))?;
+        let size = options.size.checked_next_multiple_of(512).filter(|&s| s <= geometry.max_disk());
+        let size = size.ok_or_else(|| out_of_range("virtual size", options.size, geometry.max_disk()))?;
         let external = options.data_file.is_some();
         let l1_bytes = geometry.required_l1(size) * 8;
         let mut layout = Self {
@@ -326,6 +327,7 @@ impl Layout {
         }
     }
 
+    /// The header comes last: before, no tool takes the file for an image.
     fn write(&self, store: &dyn Store) -> io::Result<()> {
         let end = self.end();
         store.set_len(end)?;
@@ -334,7 +336,6 @@ impl Layout {
             store.reserve(0..self.offset(self.data_start()))?;
             self.reserve(store, self.offset(self.data_start())..end)?;
         }
-        store.write_at(0, &self.header)?;
         let first_block = 1 + self.refcount_table;
         stream(store, self.offset(1), self.blocks * 8, |at, chunk| {
             pointers(chunk, |i| self.offset(first_block + at / 8 + i));
@@ -349,7 +350,10 @@ impl Layout {
         stream(store, self.offset(self.l2_start()), self.offset(self.l2), |at, chunk| {
             self.l2_entries(at, chunk)
         })?;
-        self.zeros(store, self.offset(self.data_start())..end)
+        self.zeros(store, self.offset(self.data_start())..end)?;
+        // The header must not become durable before what it leads to.
+        store.barrier()?;
+        store.write_at(0, &self.header)
     }
 
     fn write_data_file(&self, store: &dyn Store) -> io::Result<()> {
@@ -445,7 +449,36 @@ mod tests {
     use pleach_store::{Access, RealDisk};
 
     use super::*;
+    use crate::check;
+    use crate::medium::{Medium, power_losses};
     use crate::{Image, leaked};
+
+    /// Whatever a crash leaves: a file that is no image, or the image, whole.
+    #[test]
+    fn a_new_image_is_whole_as_soon_as_it_opens() {
+        let cases = [
+            CreateOptions { size: 1 << 20, cluster_bits: 9, ..CreateOptions::default() },
+            CreateOptions {
+                size: 1 << 20,
+                cluster_bits: 12,
+                preallocation: Preallocation::Metadata,
+                ..CreateOptions::default()
+            },
+        ];
+        for options in cases {
+            let medium = Medium::new(Vec::new());
+            create_in(&*medium, &options).unwrap();
+            let (whole, mut opened) = (medium.bytes(), 0);
+            power_losses(&[], &medium.log(), &mut |bytes, what| {
+                let same = bytes == whole;
+                if let Ok(image) = Image::open(Medium::new(bytes)) {
+                    opened += 1;
+                    assert!(same && check(&image).unwrap().errors == 0, "{options:?}: {what}");
+                }
+            });
+            assert!(opened > 0);
+        }
+    }
 
     #[test]
     fn every_geometry_is_counted_right() {
