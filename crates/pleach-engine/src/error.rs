@@ -134,6 +134,9 @@ impl Error {
         let offset = source.offset();
         let mut error = Self::new(kind, source.to_string()).at(path);
         error.offset = offset;
+        if matches!(source, ImageError::DataFile { .. }) {
+            error = error.hint("if it may be opened, name it: --allow-data-file PATH");
+        }
         // The message is the image error's own; what caused that comes next.
         if let ImageError::Format { source, .. } = source {
             error = error.caused(source);

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pleach_image::{Chain, Image, ImageError, Layer, RawImage, WriteOptions, Writer, backing_path, escape};
+use pleach_image::{Chain, Image, Layer, RawImage, WriteOptions, Writer, backing_path, escape};
 use pleach_store::{Access, Disk, FileId, FileKind, Role, Store};
 
 use crate::survey::{FileFormat, Trust, Why, broken};
@@ -77,10 +77,7 @@ impl Source {
     pub fn check_readable(&self) -> Result<()> {
         for (layer, path) in self.chain.layers().iter().zip(self.chain.paths()) {
             let Some(Err(error)) = layer.image().map(Image::check_readable) else { continue };
-            let missing = matches!(error, ImageError::DataFile { .. });
-            let error = Error::image(path, error);
-            let hint = "if it may be read, name it: --allow-data-file PATH";
-            return Err(if missing { error.hint(hint) } else { error });
+            return Err(Error::image(path, error));
         }
         Ok(())
     }

@@ -117,9 +117,9 @@ fn wanted(text: &str, now: u64) -> Result<u64> {
         (_, Some(less)) => now.checked_sub(parse(less)?),
         _ => Some(parse(text)?),
     };
-    let size = size.filter(|&s| s > 0 && i64::try_from(s).is_ok());
-    let size = size
-        .ok_or_else(|| usage(format!("the new size of a disk of {now} bytes is not positive with {text}")))?;
+    let size = size.filter(|&s| s > 0).ok_or_else(|| {
+        usage(format!("a disk of {now} bytes cannot become {text}: its size must be from 512 bytes to 8 EiB"))
+    })?;
     if !size.is_multiple_of(512) {
         return Err(usage(format!("the new size is {size} bytes, must be a multiple of 512")));
     }
