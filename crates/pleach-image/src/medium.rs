@@ -2,6 +2,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use pleach_store::{FileId, FileKind, LockError, Role, Stat, Store, Window};
@@ -21,7 +22,8 @@ pub(crate) enum Op {
 #[derive(Debug)]
 pub(crate) struct Medium {
     bytes: Mutex<Vec<u8>>,
-    log: Mutex<Vec<Op>>,
+    /// Each operation with its place in the order of all, over all media.
+    log: Mutex<Vec<(usize, Op)>>,
     /// Operations that still succeed; then one fails, and everything after it.
     left: Option<Mutex<usize>>,
 }
@@ -43,6 +45,11 @@ impl Medium {
 
     /// What was done so far.
     pub(crate) fn log(&self) -> Vec<Op> {
+        self.stamped().into_iter().map(|(_, op)| op).collect()
+    }
+
+    /// What was done so far, each with a number that is higher for what came later, on whatever medium.
+    pub(crate) fn stamped(&self) -> Vec<(usize, Op)> {
         self.log.lock().unwrap().clone()
     }
 
@@ -52,7 +59,8 @@ impl Medium {
             *left = left.checked_sub(1).ok_or_else(|| io::Error::other("the disk fails"))?;
         }
         apply(&mut self.bytes.lock().unwrap(), &op);
-        self.log.lock().unwrap().push(op);
+        static NOW: AtomicUsize = AtomicUsize::new(0);
+        self.log.lock().unwrap().push((NOW.fetch_add(1, Ordering::SeqCst), op));
         Ok(())
     }
 }

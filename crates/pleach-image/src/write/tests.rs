@@ -9,7 +9,7 @@ use pleach_testkit::WorkDir;
 use pleach_testkit::oracle::{self, Format, qemu_img, qemu_io, text};
 
 use super::{NewSnapshot, WriteOptions, Writer};
-use crate::medium::{Medium, power_losses};
+use crate::medium::{Medium, Op, power_losses};
 use crate::{Chain, Image, ImageError, Layer, RepairMode, check, repair};
 
 type Act = fn(&Writer) -> Result<(), ImageError>;
@@ -157,6 +157,52 @@ fn a_disk_that_fails_at_any_operation_leaves_old_or_new() {
             judge.state(medium.bytes(), &format!("operation {n} failed"));
         }
     }
+}
+
+/// What was flushed, or closed, is on the medium.
+#[test]
+fn a_flush_is_durable() {
+    for (case, start) in built() {
+        let medium = Medium::new(start);
+        let writer = Writer::open(Arc::clone(&medium) as Arc<dyn Store>, WriteOptions::default()).unwrap();
+        let flushed = |what: &str| {
+            let last = medium.log().pop();
+            assert!(matches!(last, None | Some(Op::Barrier)), "{}: {what}: {last:?}", case.name);
+        };
+        // In place, where nothing but data changes, and in new clusters.
+        for at in [0, 90 << 10] {
+            writer.write_at(at, &[9; 512]).unwrap();
+            writer.flush().unwrap();
+            flushed("flush");
+        }
+        writer.write_at(0, &[8; 512]).unwrap();
+        writer.close().unwrap();
+        flushed("close");
+    }
+}
+
+/// No entry of the image is written before the data in the data file that it leads to are durable.
+#[test]
+fn a_data_file_is_flushed_before_its_image() {
+    if !oracle::available() {
+        return;
+    }
+    let work = WorkDir::new("write");
+    let (path, data) = (work.join("image"), work.join("data"));
+    let options = format!("cluster_size=4k,data_file={}", text(&data));
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&path), "96k"]);
+    let [image, data] = [path, data].map(|path| Medium::new(std::fs::read(path).unwrap()));
+    let options =
+        WriteOptions { data_file: Some(Arc::clone(&data) as Arc<dyn Store>), ..WriteOptions::default() };
+    let writer = Writer::open(Arc::clone(&image) as Arc<dyn Store>, options).unwrap();
+    mixed(&writer).unwrap();
+    writer.close().unwrap();
+    let (image, data) = (image.stamped(), data.stamped());
+    for (now, _) in image.iter().filter(|(_, op)| matches!(op, Op::Write(..))) {
+        let before = data.iter().rev().find(|(then, _)| then < now);
+        assert!(matches!(before, None | Some((_, Op::Barrier))), "{before:?}");
+    }
+    assert!(matches!(data.last(), Some((_, Op::Barrier))) && data.len() > 3);
 }
 
 /// The cases with their images, which stock QEMU made.
