@@ -7,6 +7,7 @@ use libfuzzer_sys::fuzz_target;
 use pleach_format::{
     BackingFile, BitmapsExtension, ExtensionKind, Header, HeaderChange, NewHeader, rewrite_bitmaps,
 };
+use pleach_fuzz::written;
 
 #[derive(Arbitrary, Debug)]
 struct Input {
@@ -74,13 +75,6 @@ fn image_start(input: &Input) -> Option<Vec<u8>> {
         bytes[usize::from(*at) % len] = *byte;
     }
     Some(bytes)
-}
-
-fn written(bytes: &[u8], at: usize, new: &[u8]) -> Vec<u8> {
-    let mut bytes = bytes.to_vec();
-    bytes.resize(bytes.len().max(at + new.len()), 0);
-    bytes[at..at + new.len()].copy_from_slice(new);
-    bytes
 }
 
 /// `bytes` say what `old` said, but for the bitmaps, which are returned.

@@ -1,10 +1,18 @@
-//! What the targets share: a file in memory that may fail.
+//! What the targets share: a file in memory that may fail, and writing into bytes.
 
 use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use pleach_store::{FileId, FileKind, LockError, Role, Stat, Store, Window};
+
+/// `bytes` with `new` written at `at`, longer if need be.
+pub fn written(bytes: &[u8], at: usize, new: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes.to_vec();
+    bytes.resize(bytes.len().max(at + new.len()), 0);
+    bytes[at..at + new.len()].copy_from_slice(new);
+    bytes
+}
 
 /// A file in memory.
 #[derive(Debug)]
