@@ -129,7 +129,7 @@ pub(crate) fn look_at_data_file(data: &NewDataFile, image: &Path) -> Result<()> 
 pub(crate) fn refused(source: &FormatError) -> Error {
     let error = usage(source.to_string());
     match source {
-        FormatError::OutOfRange { field: "size" | "refcount_table_clusters", .. } => {
+        FormatError::OutOfRange { field: "size" | "virtual size" | "refcount_table_clusters", .. } => {
             error.hint("larger clusters allow for larger images")
         }
         FormatError::NeedsV3 { .. } => error.hint("leave out --compat v2"),
