@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use pleach_engine::survey::{FileFormat, Survey};
 use pleach_engine::{Error, ErrorKind, Result, SourceOptions, open_writer};
+use pleach_image::ImageError;
 use pleach_lineage::Reads;
 use pleach_store::{Access, Disk, FileId, RealDisk, Role, Store};
 use serde_json::{Value, json};
 
 use crate::args::ResizeArgs;
 use crate::target::directory;
-use crate::{confirm, output, size};
+use crate::{confirm, create, output, size};
 
 pub(crate) fn run(args: &ResizeArgs) -> Result<ExitCode> {
     let mut image = Resizable::open(args)?;
@@ -84,7 +85,10 @@ impl Resizable {
     /// Refuses, before anything is shown or asked, what cannot be done.
     fn check(&self, path: &Path, to: u64) -> Result<()> {
         match self {
-            Self::Qcow2(Some(writer), _) => writer.check_resize(to).map_err(|e| Error::image(path, e)),
+            Self::Qcow2(Some(writer), _) => writer.check_resize(to).map_err(|e| match e {
+                ImageError::Format { structure: "option", source, .. } => create::refused(&source).at(path),
+                other => Error::image(path, other),
+            }),
             _ => Ok(()),
         }
     }

@@ -1,7 +1,7 @@
 //! Another virtual size (reliability: one write of the header's first sector makes it visible).
 
 use pleach_alloc::{Allocator, Place};
-use pleach_format::{GuestCluster, GuestOffset, HostOffset, Version};
+use pleach_format::{FormatError, GuestCluster, GuestOffset, HostOffset, Version};
 
 use super::cell::Cell;
 use super::{State, Writer};
@@ -30,8 +30,8 @@ impl Writer {
     /// ```
     ///
     /// # Errors
-    /// [`ImageError::Refused`] for sizes that are not a positive multiple of 512 or too large for the cluster size, for
-    /// version 2 images over a longer backing file, and for images with inconsistent bitmaps;
+    /// [`ImageError::Refused`] for sizes that are not a positive multiple of 512, for version 2 images over a longer backing
+    /// file, and for images with inconsistent bitmaps; [`ImageError::Format`] for sizes too large for the cluster size;
     /// [`ImageError::Unsupported`] for version 2 images with snapshots.
     pub fn resize(&self, size: u64) -> Result<(), ImageError> {
         let mut state = self.write();
@@ -60,10 +60,8 @@ impl State {
         }
         let most = g.max_disk();
         if size > most {
-            return refuse(format!(
-                "the new size is {size}, must be at most {most} with clusters of {} bytes",
-                g.cluster_size()
-            ));
+            let source = FormatError::OutOfRange { field: "virtual size", value: size, min: 512, max: most };
+            return Err(ImageError::Format { structure: "option", offset: None, source });
         }
         if header.version() == Version::V2 {
             if header.nb_snapshots() != 0 {
