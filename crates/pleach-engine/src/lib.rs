@@ -36,6 +36,7 @@ mod error;
 mod execute;
 pub mod family;
 pub mod import;
+pub mod internal;
 mod journal;
 mod leaks;
 mod map;
