@@ -1,0 +1,450 @@
+//! A snapshot's document, and changes to it that leave every other byte as it is.
+
+use std::ops::Range;
+
+use crate::disk::{self, Source, SourceKind};
+use crate::domain::disk_elements;
+use crate::error::{DocumentError, Problem};
+use crate::facts::{Facts, Purpose, State, facts};
+use crate::xml::{ElementId, Xml, escaped, escaped_attribute};
+
+/// A `<domainsnapshot>` that was read, and can be changed.
+///
+/// A change replaces the bytes of the value it changes, and no others: what this crate does not know, and how
+/// the document is laid out, stays. A change that is refused has changed nothing.
+#[derive(Clone, Debug)]
+pub struct Snapshot {
+    xml: Xml,
+    purpose: Purpose,
+    facts: Facts,
+}
+
+/// The elements of a snapshot, in the order in which libvirt writes them.
+const ORDER: &[&str] = &[
+    "name",
+    "description",
+    "state",
+    "parent",
+    "creationTime",
+    "memory",
+    "disks",
+    "revertDisks",
+    "domain",
+    "inactiveDomain",
+    "cookie",
+    "active",
+];
+
+impl Snapshot {
+    /// Reads the record of a snapshot that was taken: a file of libvirt's, or what `virsh snapshot-dumpxml`
+    /// prints. Name, state and creation time must be there.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it; see [`Problem`].
+    pub fn parse(bytes: &[u8]) -> Result<Self, DocumentError> {
+        Self::read(bytes, Purpose::Record)
+    }
+
+    /// Reads a request to take a snapshot, as `virsh snapshot-create` takes it: everything may be left out, and
+    /// what only libvirt can know (state, time, parent, domain) is not looked at.
+    ///
+    /// # Errors
+    /// The first thing that is wrong with it; see [`Problem`].
+    pub fn parse_request(bytes: &[u8]) -> Result<Self, DocumentError> {
+        Self::read(bytes, Purpose::Request)
+    }
+
+    fn read(bytes: &[u8], purpose: Purpose) -> Result<Self, DocumentError> {
+        let xml = Xml::parse(bytes)?;
+        let facts = facts(&xml, purpose)?;
+        Ok(Self { xml, purpose, facts })
+    }
+
+    /// The document, byte for byte as it was read where nothing was changed.
+    pub fn text(&self) -> &str {
+        self.xml.text()
+    }
+
+    /// What it says.
+    pub fn facts(&self) -> &Facts {
+        &self.facts
+    }
+
+    /// The name, which every record has; empty for a request without one.
+    pub fn name(&self) -> &str {
+        self.facts.name.as_deref().unwrap_or_default()
+    }
+
+    /// Gives the snapshot another name.
+    ///
+    /// # Errors
+    /// [`Problem::Value`] if it is empty, or has a character that XML cannot carry.
+    pub fn set_name(&mut self, name: &str) -> Result<(), DocumentError> {
+        self.set_text("name", Some(name))
+    }
+
+    /// Gives the snapshot another description, or none.
+    ///
+    /// # Errors
+    /// [`Problem::Value`] if it has a character that XML cannot carry.
+    pub fn set_description(&mut self, description: Option<&str>) -> Result<(), DocumentError> {
+        self.set_text("description", description.filter(|text| !text.is_empty()))
+    }
+
+    /// Changes what the machine was doing.
+    ///
+    /// # Errors
+    /// [`Problem::Disks`] if memory is kept, which that state does not have.
+    pub fn set_state(&mut self, state: State) -> Result<(), DocumentError> {
+        self.set_text("state", Some(state.word()))
+    }
+
+    /// Changes when the snapshot was taken, in seconds since 1970-01-01 00:00 UTC.
+    ///
+    /// # Errors
+    /// None for a record.
+    pub fn set_created(&mut self, seconds: i64) -> Result<(), DocumentError> {
+        self.set_text("creationTime", Some(&seconds.to_string()))
+    }
+
+    /// Makes this the current snapshot, or not; `None` leaves it open, as in documents that libvirt prints.
+    ///
+    /// # Errors
+    /// None for a record.
+    pub fn set_current(&mut self, current: Option<bool>) -> Result<(), DocumentError> {
+        self.set_text("active", current.map(|current| if current { "1" } else { "0" }))
+    }
+
+    /// Lets the snapshot stand on another one, or on none.
+    ///
+    /// # Errors
+    /// [`Problem::Value`] if the name has a character that XML cannot carry.
+    pub fn set_parent(&mut self, parent: Option<&str>) -> Result<(), DocumentError> {
+        let root = self.xml.root();
+        let old = self.xml.child(root, "parent");
+        let parent = parent.filter(|name| !name.is_empty());
+        let splice = match (old, parent) {
+            (None, None) => return Ok(()),
+            (Some(old), None) => self.removal(old),
+            (None, Some(name)) => {
+                let unit = self.indent();
+                let name = self.escaped("the name of the parent", name)?;
+                self.insertion(
+                    "parent",
+                    &format!("<parent>\n{unit}{unit}<name>{name}</name>\n{unit}</parent>"),
+                )
+            }
+            (Some(old), Some(name)) => match self.xml.child(old, "name") {
+                Some(at) => self.content(at, &self.escaped("the name of the parent", name)?),
+                None => {
+                    let name = self.escaped("the name of the parent", name)?;
+                    self.content(old, &format!("<name>{name}</name>"))
+                }
+            },
+        };
+        self.apply(vec![splice])
+    }
+
+    /// Replaces the list of disks, or that of overlays in use, or takes it out.
+    ///
+    /// # Errors
+    /// Those of [`Self::parse`] for what was put in.
+    pub fn set_disks(&mut self, list: DiskList, disks: Option<&[NewDisk]>) -> Result<(), DocumentError> {
+        let name = list.element();
+        let old: Vec<ElementId> = self.xml.named(self.xml.root(), name).collect();
+        let new = disks.map(|disks| self.written_disks(name, disks)).transpose()?;
+        let mut old = old.into_iter();
+        let mut splices = Vec::new();
+        match (old.next(), new) {
+            (None, None) => return Ok(()),
+            (None, Some(new)) => splices.push(self.insertion(name, &new)),
+            (Some(at), None) => splices.push(self.removal(at)),
+            (Some(at), Some(new)) => splices.push((self.xml.whole(at), new)),
+        }
+        splices.extend(old.map(|further| self.removal(further)));
+        self.apply(splices)
+    }
+
+    /// Puts a domain's definition in place of the snapshot's own, indented as it is. The bytes are those of a
+    /// `<domain>` element that [`Domain::parse`](crate::Domain::parse) reads.
+    ///
+    /// # Errors
+    /// Those of [`Self::parse`].
+    pub fn set_domain(&mut self, element: &str) -> Result<(), DocumentError> {
+        let splice = match self.xml.child(self.xml.root(), "domain") {
+            Some(old) => (self.xml.whole(old), element.to_owned()),
+            None => self.insertion("domain", element),
+        };
+        self.apply(vec![splice])
+    }
+
+    /// Gives files other names, wherever the snapshot names one: in its lists of disks and in its domains, backing
+    /// files included. `renamed` is asked for every path of a file or block device, and answers with the new one.
+    ///
+    /// # Errors
+    /// [`Problem::Value`] if a path is not absolute, or has a character that XML cannot carry.
+    pub fn rename_files(&mut self, renamed: impl Fn(&str) -> Option<String>) -> Result<(), DocumentError> {
+        let mut splices = Vec::new();
+        for source in self.sources() {
+            for attribute in ["file", "dev"] {
+                let Some(place) = self.xml.attribute_place(source, attribute) else { continue };
+                let path = self.xml.attribute(source, attribute).unwrap_or_default();
+                if let Some(new) = renamed(&path).filter(|new| *new != path) {
+                    let new = escaped_attribute("the path of a disk", &new);
+                    splices.push((place, new.map_err(|problem| self.xml.error(source, problem))?));
+                }
+            }
+        }
+        self.apply(splices)
+    }
+
+    /// Says where the data of a disk are in this snapshot, and in which format: the source of that disk in its
+    /// domain, the frozen file. Lists of backing files of that disk go, and libvirt looks at the images instead.
+    ///
+    /// # Errors
+    /// [`Problem::Missing`] if there is no domain, or no such disk of it in a file or on a block device.
+    pub fn set_frozen(&mut self, target: &str, path: &str, format: &str) -> Result<(), DocumentError> {
+        let mut splices = Vec::new();
+        for which in ["domain", "inactiveDomain"] {
+            let Some(domain) = self.xml.child(self.xml.root(), which) else { continue };
+            let disk = disk_elements(&self.xml, domain).find(|&disk| self.is_target(disk, target));
+            let Some(disk) = disk else { continue };
+            splices.extend(self.frozen(disk, target, path, format)?);
+        }
+        if splices.is_empty() && !self.is_frozen_at(target, path) {
+            let what = format!("the disk {target:?} in the snapshot's <domain>");
+            return Err(self.xml.error(self.xml.root(), Problem::Missing { what }));
+        }
+        self.apply(splices)
+    }
+
+    fn is_frozen_at(&self, target: &str, path: &str) -> bool {
+        let domain = self.facts.domain.as_ref();
+        domain
+            .and_then(|domain| domain.disk(target))
+            .is_some_and(|disk| disk.source.path.as_deref() == Some(path))
+    }
+
+    fn is_target(&self, disk: ElementId, target: &str) -> bool {
+        let at = self.xml.child(disk, "target");
+        at.and_then(|at| self.xml.attribute(at, "dev")).as_deref() == Some(target)
+    }
+
+    fn frozen(
+        &self,
+        disk: ElementId,
+        target: &str,
+        path: &str,
+        format: &str,
+    ) -> Result<Vec<Splice>, DocumentError> {
+        let read = disk::domain_disk(&self.xml, disk)?;
+        let is_same = read.source.path.as_deref() == Some(path);
+        let mut splices = Vec::new();
+        let source = self.xml.child(disk, "source");
+        let place = disk::path_attribute(read.source.kind)
+            .and_then(|attribute| self.xml.attribute_place(source?, attribute));
+        let Some(place) = place else {
+            let what = format!("the file of the disk {target:?} in the snapshot's domain");
+            return Err(self.xml.error(disk, Problem::Missing { what }));
+        };
+        let new = |text| {
+            escaped_attribute("the path of a disk", text).map_err(|problem| self.xml.error(disk, problem))
+        };
+        if !is_same {
+            splices.push((place, new(path)?));
+        }
+        if read.format.as_deref() != Some(format) {
+            let driver = self.xml.child(disk, "driver");
+            splices.push(match driver.map(|driver| (driver, self.xml.attribute_place(driver, "type"))) {
+                Some((_, Some(place))) => (place, new(format)?),
+                Some((driver, None)) => {
+                    let at = self.xml.attribute_end(driver);
+                    (at..at, format!(" type='{}'", new(format)?))
+                }
+                None => {
+                    let at = self.xml.inner(disk).map_or(0, |inner| inner.start);
+                    (at..at, format!("<driver name='qemu' type='{}'/>", new(format)?))
+                }
+            });
+        }
+        if !splices.is_empty() {
+            splices.extend(self.xml.named(disk, "backingStore").map(|list| self.removal(list)));
+        }
+        Ok(splices)
+    }
+
+    /// All elements `<source>` that say where a disk's data are.
+    fn sources(&self) -> Vec<ElementId> {
+        let xml = &self.xml;
+        let root = xml.root();
+        let mut holders: Vec<ElementId> = ["disks", "revertDisks"]
+            .iter()
+            .flat_map(|list| xml.named(root, list))
+            .flat_map(|list| xml.children(list))
+            .collect();
+        if self.purpose == Purpose::Record {
+            let domains = ["domain", "inactiveDomain"].iter().flat_map(|name| xml.named(root, name));
+            for disk in domains.flat_map(|domain| disk_elements(xml, domain)) {
+                holders.push(disk);
+                let stores = std::iter::successors(xml.child(disk, "backingStore"), |&at| {
+                    xml.child(at, "backingStore")
+                });
+                holders.extend(stores);
+            }
+        }
+        holders.into_iter().filter_map(|holder| xml.child(holder, "source")).collect()
+    }
+
+    fn written_disks(&self, list: &str, disks: &[NewDisk]) -> Result<String, DocumentError> {
+        let unit = self.indent();
+        let write = |what: &str, text: &str| {
+            escaped_attribute(what, text).map_err(|problem| self.xml.error(self.xml.root(), problem))
+        };
+        let mut text = format!("<{list}>\n");
+        for disk in disks {
+            let name = write("the name of a disk", &disk.name)?;
+            text.push_str(&format!("{unit}{unit}<disk name='{name}' snapshot='{}'", disk.mode.word()));
+            let Some((overlay, format)) = &disk.overlay else {
+                text.push_str("/>\n");
+                continue;
+            };
+            let (kind, attribute) = match overlay.kind {
+                SourceKind::Block => ("block", "dev"),
+                _ => ("file", "file"),
+            };
+            let path = write("the path of a disk", overlay.path.as_deref().unwrap_or_default())?;
+            let format = write("the format of a disk", format)?;
+            text.push_str(&format!(
+                " type='{kind}'>\n{unit}{unit}{unit}<driver type='{format}'/>\n\
+                 {unit}{unit}{unit}<source {attribute}='{path}'/>\n{unit}{unit}</disk>\n"
+            ));
+        }
+        text.push_str(&format!("{unit}</{list}>"));
+        Ok(text)
+    }
+
+    fn set_text(&mut self, name: &str, value: Option<&str>) -> Result<(), DocumentError> {
+        let old = self.xml.child(self.xml.root(), name);
+        let what = format!("<{name}>");
+        let splice = match (old, value) {
+            (None, None) => return Ok(()),
+            (Some(old), None) => self.removal(old),
+            (None, Some(value)) => {
+                let value = self.escaped(&what, value)?;
+                self.insertion(name, &format!("<{name}>{value}</{name}>"))
+            }
+            (Some(old), Some(value)) => {
+                if self.xml.content(old) == value {
+                    return Ok(());
+                }
+                self.content(old, &self.escaped(&what, value)?)
+            }
+        };
+        self.apply(vec![splice])
+    }
+
+    fn escaped(&self, what: &str, value: &str) -> Result<String, DocumentError> {
+        escaped(what, value).map_err(|problem| self.xml.error(self.xml.root(), problem))
+    }
+
+    /// New content for an element.
+    fn content(&self, at: ElementId, content: &str) -> Splice {
+        match self.xml.inner(at) {
+            Some(inner) => (inner, content.to_owned()),
+            None => {
+                let name = self.xml.name(at);
+                (self.xml.whole(at), format!("<{name}>{content}</{name}>"))
+            }
+        }
+    }
+
+    /// Takes an element out, with the blanks before it and its line end.
+    fn removal(&self, at: ElementId) -> Splice {
+        let span = self.xml.whole(at);
+        let before = self.text().get(..span.start).unwrap_or_default();
+        let line = before.trim_end_matches([' ', '\t']);
+        let start = if line.ends_with('\n') { line.len() - 1 } else { span.start };
+        (start..span.end, String::new())
+    }
+
+    /// Puts a new element at its place in the order of elements, on a line of its own.
+    fn insertion(&self, name: &str, element: &str) -> Splice {
+        let root = self.xml.root();
+        let unit = self.indent();
+        let place = ORDER.iter().position(|known| *known == name).unwrap_or(ORDER.len());
+        let earlier = ORDER.get(..place).unwrap_or_default();
+        let before = self.xml.children(root).filter(|&child| earlier.contains(&self.xml.name(child))).last();
+        let at = before.map(|before| self.xml.whole(before).end);
+        match (at, self.xml.inner(root)) {
+            (Some(at), _) => (at..at, format!("\n{unit}{element}")),
+            (None, Some(inner)) => {
+                let is_empty = inner.is_empty();
+                let end = if is_empty { "\n" } else { "" };
+                (inner.start..inner.start, format!("\n{unit}{element}{end}"))
+            }
+            (None, None) => {
+                let whole = self.xml.whole(root);
+                let tag = self.text().get(whole.clone()).unwrap_or_default();
+                let tag = tag.strip_suffix("/>").unwrap_or(tag).trim_end();
+                (whole, format!("{tag}>\n{unit}{element}\n</{}>", self.xml.name(root)))
+            }
+        }
+    }
+
+    /// What the elements of the document are indented by.
+    fn indent(&self) -> String {
+        let first = self.xml.children(self.xml.root()).next();
+        let before = first.and_then(|first| self.text().get(..self.xml.whole(first).start));
+        let line = before.and_then(|before| before.rsplit_once('\n')).map(|(_, line)| line);
+        match line {
+            Some(line) if line.chars().all(|c| c == ' ' || c == '\t') => line.to_owned(),
+            _ => "  ".into(),
+        }
+    }
+
+    fn apply(&mut self, mut splices: Vec<Splice>) -> Result<(), DocumentError> {
+        splices.sort_by_key(|(span, _)| (span.start, span.end));
+        let mut text = String::with_capacity(self.text().len() + 256);
+        let mut at = 0;
+        for (span, new) in splices {
+            text.push_str(self.text().get(at..span.start).unwrap_or_default());
+            text.push_str(&new);
+            at = span.end;
+        }
+        text.push_str(self.text().get(at..).unwrap_or_default());
+        *self = Self::read(text.as_bytes(), self.purpose)?;
+        Ok(())
+    }
+}
+
+/// What to put in place of which bytes.
+type Splice = (Range<usize>, String);
+
+/// One of the two lists of disks.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]
+pub enum DiskList {
+    /// `<disks>`: what the snapshot does with each disk.
+    Disks,
+    /// `<revertDisks>`: the overlays in use, of a current snapshot that has children.
+    RevertDisks,
+}
+
+impl DiskList {
+    fn element(self) -> &'static str {
+        match self {
+            Self::Disks => "disks",
+            Self::RevertDisks => "revertDisks",
+        }
+    }
+}
+
+/// An entry for a list of disks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewDisk {
+    /// The name of the disk in the domain.
+    pub name: String,
+    /// What the snapshot does with it.
+    pub mode: crate::DiskMode,
+    /// The file that takes what is written after the snapshot, and its format; of external disks only.
+    pub overlay: Option<(Source, String)>,
+}
