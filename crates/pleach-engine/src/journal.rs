@@ -48,14 +48,14 @@ impl JournalImage {
 }
 
 /// Paths as JSON strings: bytes that are no UTF-8, and `%`, as `%NN`.
-mod encoded {
+pub(crate) mod encoded {
     use std::ffi::OsString;
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     use std::path::{Path, PathBuf};
 
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(super) fn text(path: &Path) -> String {
+    pub(crate) fn text(path: &Path) -> String {
         let mut out = String::new();
         for chunk in path.as_os_str().as_bytes().utf8_chunks() {
             out.push_str(&chunk.valid().replace('%', "%25"));
@@ -64,7 +64,7 @@ mod encoded {
         out
     }
 
-    pub(super) fn path(text: &str) -> PathBuf {
+    pub(crate) fn path(text: &str) -> PathBuf {
         let mut parts = text.split('%');
         let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
         for part in parts {

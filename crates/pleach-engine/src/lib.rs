@@ -29,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod buffer;
+pub mod catalog;
 mod compare;
 pub mod convert;
 mod delete;

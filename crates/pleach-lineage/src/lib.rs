@@ -42,6 +42,7 @@ mod error;
 mod node;
 pub mod order;
 pub mod reach;
+pub mod record;
 pub mod text;
 mod tree;
 
@@ -52,6 +53,7 @@ pub use delete::{DeleteMode, Deletion};
 pub use error::LineageError;
 pub use node::{Kind, Node, NodeId, Storage};
 pub use reach::{Reach, Reads};
+pub use record::{DiskRecord, NodeRecord, Record, RecordError};
 pub use tree::Lineage;
 
 /// Re-exported because [`Node::storage`] is one.

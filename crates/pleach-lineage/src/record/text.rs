@@ -1,0 +1,193 @@
+//! The record as text, and back.
+
+use alloc::borrow::ToOwned;
+use alloc::string::String;
+use alloc::vec::Vec;
+use core::fmt::Write;
+
+use super::words::{put, words};
+use super::{DiskRecord, FIRST, NodeRecord, Record, RecordError, VERSION};
+use crate::{Kind, Storage};
+
+impl Record {
+    /// The text. Equal records give equal bytes.
+    pub fn encode(&self) -> String {
+        let mut out = String::new();
+        let mut line = |start: &str, words: &[&str]| {
+            out.push_str(start);
+            for word in words {
+                out.push(' ');
+                put(&mut out, word);
+            }
+            out.push('\n');
+        };
+        line(FIRST, &[VERSION]);
+        line("tree", &[&self.tree]);
+        if let Some(current) = &self.current {
+            line("current", &[current]);
+        }
+        for disk in &self.disks {
+            line("disk", &[&disk.name]);
+            if let Some(active) = &disk.active {
+                line("  active", &[active]);
+            }
+            disk.other.iter().for_each(|other| line(&("  ".to_owned() + other), &[]));
+        }
+        for node in &self.nodes {
+            line(if node.kind == Kind::Head { "head" } else { "snapshot" }, &[&node.name]);
+            match (&node.parent, node.parent_guessed) {
+                (Some(parent), true) => line("  parent", &[parent, "guessed"]),
+                (Some(parent), false) => line("  parent", &[parent]),
+                (None, _) => {}
+            }
+            if let Some(created) = node.created {
+                line("  created", &[&alloc::format!("{created}")]);
+            }
+            if !node.description.is_empty() {
+                line("  description", &[&node.description]);
+            }
+            if let Some(state) = &node.state {
+                line("  state", &[state]);
+            }
+            for (disk, storage) in &node.storage {
+                match storage {
+                    Storage::External { file } => line("  external", &[disk, file]),
+                    Storage::Internal { file, snapshot, id } => {
+                        line("  internal", &[disk, file, snapshot, id]);
+                    }
+                }
+            }
+            node.other.iter().for_each(|other| line(&("  ".to_owned() + other), &[]));
+        }
+        self.other.iter().for_each(|other| line(other, &[]));
+        let crc = crc32fast::hash(out.as_bytes());
+        let _ = writeln!(out, "crc32 {crc:08x}");
+        out
+    }
+
+    /// Reads the text back.
+    ///
+    /// # Errors
+    /// What is wrong with it, the first thing first; never panics, whatever `bytes` holds.
+    pub fn parse(bytes: &[u8]) -> Result<Self, RecordError> {
+        let text = str::from_utf8(bytes).map_err(|e| RecordError::NotText { at: e.valid_up_to() })?;
+        let first = text.lines().next().unwrap_or_default();
+        match first.split_once(' ') {
+            Some((FIRST, VERSION)) => {}
+            Some((FIRST, found)) => return Err(RecordError::Version { found: found.to_owned() }),
+            _ => return Err(RecordError::NotACatalog),
+        }
+        let body = text.strip_suffix('\n').unwrap_or(text);
+        let start = body.rfind('\n').map_or(0, |at| at + 1);
+        let (body, last) = (text.get(..start).unwrap_or_default(), body.get(start..).unwrap_or_default());
+        let computed = crc32fast::hash(body.as_bytes());
+        if !text.ends_with('\n')
+            || last.strip_prefix("crc32 ") != Some(alloc::format!("{computed:08x}").as_str())
+        {
+            return Err(RecordError::Checksum { stored: last.to_owned(), computed });
+        }
+        let mut record = Self::default();
+        let mut at = Item::Other;
+        for (number, line) in body.split_terminator('\n').enumerate().skip(1) {
+            let wrong = |what| RecordError::Line { line: number + 1, what };
+            match line.strip_prefix("  ") {
+                Some(inner) => record.inner(inner, at).map_err(wrong)?,
+                None => at = record.item(line).map_err(wrong)?,
+            }
+        }
+        record.check()?;
+        Ok(record)
+    }
+
+    /// A line in the first column.
+    fn item(&mut self, line: &str) -> Result<Item, &'static str> {
+        let words = words(line)?;
+        let mut words = words.into_iter();
+        let key = words.next().unwrap_or_default();
+        let mut one = || match (words.next(), words.next()) {
+            (Some(word), None) => Ok(word),
+            _ => Err("must have one word behind the first"),
+        };
+        Ok(match key.as_str() {
+            "tree" => {
+                self.tree = one()?;
+                Item::Tree
+            }
+            "current" => {
+                self.current = Some(one()?);
+                Item::Tree
+            }
+            "disk" => {
+                self.disks.push(DiskRecord::new(one()?, None));
+                Item::Disk
+            }
+            "snapshot" | "head" => {
+                let kind = if key == "head" { Kind::Head } else { Kind::Snapshot };
+                self.nodes.push(NodeRecord::new(one()?, kind));
+                Item::Node
+            }
+            _ => {
+                self.other.push(line.to_owned());
+                Item::Other
+            }
+        })
+    }
+
+    /// An indented line, without its indentation.
+    fn inner(&mut self, line: &str, at: Item) -> Result<(), &'static str> {
+        match at {
+            Item::Tree => return Err("nothing can belong to the line before"),
+            Item::Other => self.other.push("  ".to_owned() + line),
+            Item::Disk => {
+                let Some(disk) = self.disks.last_mut() else { return Ok(()) };
+                match words(line)?.as_slice() {
+                    [key, active] if key == "active" => disk.active = Some(active.clone()),
+                    _ => disk.other.push(line.to_owned()),
+                }
+            }
+            Item::Node => {
+                if let Some(node) = self.nodes.last_mut() {
+                    node.line(line)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What indented lines belong to.
+#[derive(Copy, Clone)]
+enum Item {
+    Tree,
+    Disk,
+    Node,
+    Other,
+}
+
+impl NodeRecord {
+    fn line(&mut self, line: &str) -> Result<(), &'static str> {
+        let words = words(line)?;
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        match *words {
+            ["parent", parent] => self.parent = Some(parent.to_owned()),
+            ["parent", parent, "guessed"] => {
+                self.parent = Some(parent.to_owned());
+                self.parent_guessed = true;
+            }
+            ["created", seconds] => {
+                self.created = Some(seconds.parse().map_err(|_| "the time must be a number of seconds")?);
+            }
+            ["description", text] => self.description = text.to_owned(),
+            ["state", state] => self.state = Some(state.to_owned()),
+            ["external", disk, file] => {
+                self.storage.push((disk.to_owned(), Storage::External { file: file.to_owned() }));
+            }
+            ["internal", disk, file, snapshot, id] => {
+                let (file, snapshot, id) = (file.to_owned(), snapshot.to_owned(), id.to_owned());
+                self.storage.push((disk.to_owned(), Storage::Internal { file, snapshot, id }));
+            }
+            _ => self.other.push(line.to_owned()),
+        }
+        Ok(())
+    }
+}
