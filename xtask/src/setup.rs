@@ -11,6 +11,7 @@ const PROGRAMS: &[(&str, &[&str])] = &[
     ("mkfs.ext4", &["e2fsprogs"]),
     ("debugfs", &["e2fsprogs"]),
     ("mkfs.xfs", &["xfsprogs"]),
+    ("virsh", &["libvirt-clients"]),
     ("git", &["git"]),
     ("cc", &["gcc"]),
     ("c++", &["g++"]), // libFuzzer is built from C++
