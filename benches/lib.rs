@@ -115,6 +115,7 @@ fn layers(dir: &Path, name: &str) -> Vec<Arc<Layer>> {
     OpenFiles::open(&RealDisk, &survey, &roles)
         .expect("nobody else uses them")
         .chain(&files)
+        .expect("the images are sound")
         .layers()
         .to_vec()
 }

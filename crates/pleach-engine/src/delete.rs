@@ -4,18 +4,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use pleach_format::{BackingFile, RunKind, RunList, Version, rewrite_backing};
-use pleach_image::{Chain, Image, check, escape, leaked};
+use pleach_format::{BackingFile, RunKind, RunList, Version};
+use pleach_image::{Chain, Image, check, escape};
 use pleach_lineage::{DeleteMode, Reach};
-use pleach_plan::{Content, Cover, How, Need, Say, Summary, Target, candidates, commit, pull, settle};
+use pleach_plan::{
+    Content, Cover, Found, How, Need, Overlay, Say, Summary, Target, candidates, commit, pull, settle,
+};
 use pleach_store::{Disk, FileId, Role};
 
 use crate::execute::{rehearse, second_name};
 use crate::family::{Family, State};
+use crate::files::Files;
 use crate::journal::{directory_of, pending, unfinished};
 use crate::names::{absolute, renamed};
 use crate::open::OpenFiles;
-use crate::scan::{content_of, layer_runs, snapshot_covers, zero_clusters};
+use crate::rebase::RebaseRequest;
+use crate::scan::{snapshot_covers, zero_clusters};
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile, broken};
 use crate::{Error, ErrorKind, Result};
 
@@ -123,6 +127,8 @@ pub struct Rebase {
 /// What happens to names once the data are in place.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Naming {
+    /// Nothing: an image gets another backing file.
+    Stay(RebaseRequest),
     /// The victim's file goes.
     Unlink,
     /// The victim's file, holding the merged data, takes the reader's name.
@@ -193,6 +199,7 @@ impl DeletePlan {
     fn loses_space<'a>(&self, survey: &'a Survey) -> Option<&'a SurveyFile> {
         let (victim, _, naming) = self.single.as_ref()?;
         let index = match naming {
+            Naming::Stay(_) => return None,
             Naming::Unlink | Naming::TakeVictimsName { .. } => victim,
             Naming::TakeReadersName { reader } | Naming::KeepVictimsName { reader, .. } => reader,
         };
@@ -207,7 +214,7 @@ impl DeletePlan {
             gone.extend(match naming {
                 Naming::Unlink => path(victim),
                 Naming::KeepVictimsName { reader, .. } => path(reader),
-                Naming::TakeReadersName { .. } | Naming::TakeVictimsName { .. } => None,
+                Naming::Stay(_) | Naming::TakeReadersName { .. } | Naming::TakeVictimsName { .. } => None,
             });
         }
         gone
@@ -260,11 +267,7 @@ pub fn prepare(
     request: &DeleteRequest,
     change: bool,
 ) -> Result<Prepared> {
-    for dir in &survey.directories {
-        if let Some(journal) = pending(disk, dir)?.first() {
-            return Err(unfinished(journal));
-        }
-    }
+    refuse_journals(disk, survey)?;
     let node = family.resolve(survey, &request.name)?;
     let name = family.lineage.get(node).map(|n| n.name.clone()).unwrap_or_default();
     let deletion = family.lineage.plan_delete(node, request.mode)?;
@@ -321,7 +324,17 @@ pub(crate) fn freed_by(file: &SurveyFile) -> u64 {
     if file.stat.links > 1 { 0 } else { file.stat.allocated }
 }
 
-fn role(change: bool) -> Role {
+/// Refuses to go on where an operation was interrupted.
+pub(crate) fn refuse_journals(disk: &dyn Disk, survey: &Survey) -> Result<()> {
+    for dir in &survey.directories {
+        if let Some(journal) = pending(disk, dir)?.first() {
+            return Err(unfinished(journal));
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn role(change: bool) -> Role {
     if change { Role::Write } else { Role::Read }
 }
 
@@ -431,7 +444,7 @@ pub(crate) fn plan_single(
         return Ok((open, Vec::new(), Naming::Unlink));
     }
 
-    let planner = Planner::new(disk, survey, &open, victim, &below)?;
+    let planner = Planner::new(Files { disk, survey, open: &open }, victim, &[], &below)?;
     let mut merges = Vec::new();
     for &reader in readers.iter().filter(|&&r| Some(r) != designated) {
         merges.push(planner.pull(reader, false)?);
@@ -547,111 +560,87 @@ fn stem(file: &SurveyFile) -> String {
 
 /// What all merges around one victim have in common.
 struct Planner<'a> {
-    disk: &'a dyn Disk,
-    survey: &'a Survey,
-    open: &'a OpenFiles,
+    files: Files<'a>,
     victim: usize,
+    /// What lies between the victim and its only reader, top first: these files go too.
+    between: &'a [usize],
     below: &'a [usize],
-    runs: RunList,
+    /// What the victim says.
     cover: Cover,
+    /// What of that can be overwritten where it is.
+    plain: Cover,
+    /// What the victim says with those between on top of it.
+    under: Cover,
     content: Content,
 }
 
 impl<'a> Planner<'a> {
-    fn new(
-        disk: &'a dyn Disk,
-        survey: &'a Survey,
-        open: &'a OpenFiles,
-        victim: usize,
-        below: &'a [usize],
-    ) -> Result<Self> {
-        let scan = |index: usize| -> Result<(RunList, Cover)> {
-            let layer = open.layer(index);
-            let path = survey.files.get(index).map(|f| f.path.clone()).unwrap_or_default();
-            let runs = layer_runs(&path, layer)?;
-            let cover = Cover::of_runs(layer.size(), &runs);
-            Ok((runs, cover))
+    fn new(files: Files<'a>, victim: usize, between: &'a [usize], below: &'a [usize]) -> Result<Self> {
+        let open = files.open;
+        let (size, runs) = (open.layer(victim).size(), open.runs(victim)?);
+        let (cover, plain) = (Cover::of_runs(size, runs), Cover::of_plain_data(size, runs));
+        let under = match open.overlay(between)? {
+            Some(upper) => upper.over(&Overlay::of_runs(victim, size, runs)).cover(),
+            None => cover.clone(),
         };
-        let covers = below.iter().map(|&i| Ok(scan(i)?.1)).collect::<Result<Vec<_>>>()?;
-        let (runs, cover) = scan(victim)?;
-        Ok(Self { disk, survey, open, victim, below, runs, cover, content: content_of(covers.iter()) })
+        let content = match open.overlay(below)? {
+            Some(chain) => Content::none().under(&chain.cover()),
+            None => Content::none(),
+        };
+        Ok(Self { files, victim, between, below, cover, plain, under, content })
     }
 
-    fn file(&self, index: usize) -> &SurveyFile {
-        self.survey.files.get(index).expect("indexes come from the survey")
+    fn file(&self, index: usize) -> &'a SurveyFile {
+        self.files.file(index)
     }
 
-    fn image(&self, index: usize) -> Result<&Image> {
-        let path = &self.file(index).path;
-        self.open
-            .layer(index)
-            .image()
-            .ok_or_else(|| Error::new(ErrorKind::Failed, "a raw file cannot stand on another one").at(path))
+    /// What lies under the reader, top first.
+    fn lower(&self) -> Vec<usize> {
+        self.between.iter().copied().chain([self.victim]).chain(self.below.iter().copied()).collect()
     }
 
-    /// A target that may be written: not marked as damaged, no count too low.
-    fn writable(&self, index: usize) -> Result<&Image> {
-        let image = self.image(index)?;
-        image
-            .check_mergeable()
-            .and_then(|()| leaked(image).map(drop))
-            .map_err(|e| Error::image(&self.file(index).path, e))?;
-        Ok(image)
+    fn chain(&self, reader: usize) -> Result<Chain> {
+        let indexes: Vec<usize> = [reader].into_iter().chain(self.lower()).collect();
+        self.files.open.chain(&indexes)
     }
 
-    fn chain(&self, reader: usize) -> Chain {
-        let indexes: Vec<usize> =
-            [reader, self.victim].into_iter().chain(self.below.iter().copied()).collect();
-        self.open.chain(&indexes)
-    }
-
-    fn settled(&self, reader: usize, shape: Target, needs: &[Need]) -> Result<Vec<Need>> {
+    fn settled(&self, reader: usize, chain: &Chain, shape: Target, needs: &[Need]) -> Result<Vec<Need>> {
         let asked: Vec<u64> = candidates(needs).collect();
-        let path = &self.file(reader).path;
-        let zero = zero_clusters(path, &self.chain(reader), shape.cluster_bits, &asked)?;
+        let zero = zero_clusters(&self.file(reader).path, chain, shape.cluster_bits, &asked)?;
         Ok(settle(needs, zero))
     }
 
     /// `reader` takes what it lacks. `moves`: it will get the victim's name afterwards.
     fn pull(&self, reader: usize, moves: bool) -> Result<Merge> {
-        let image = self.writable(reader)?;
+        let image = self.files.writable(reader)?;
         let path = &self.file(reader).path;
-        let runs = layer_runs(path, self.open.layer(reader))?;
-        let own = Cover::of_runs(image.size(), &runs);
+        let own = Cover::of_runs(image.size(), self.files.open.runs(reader)?);
         let shape = shape_of(image, image.size());
-        if !self.file(reader).snapshots.is_empty() {
-            let mut covers = vec![own];
-            covers.extend(snapshot_covers(path, image)?);
-            let fills = fills_of(shape, &covers, &self.cover, &self.content, |asked| {
-                let lower = self.survey.chain(self.victim)?;
-                zero_clusters(path, &self.open.chain(&lower), shape.cluster_bits, asked)
-            })?;
-            let bytes_written = bytes_of(shape.cluster_bits, &fills);
-            let backing = self.victims_backing_for(reader, moves)?;
-            self.must_fit(reader, backing.as_ref())?;
-            return Ok(Merge {
-                target: reader,
-                reader,
-                direction: Direction::Pull,
-                work: Work::States { cluster_bits: shape.cluster_bits, fills },
-                backing,
-                bytes_written,
-                bytes_cloned: 0,
-            });
-        }
-        let needs = self.settled(reader, shape, &pull(shape, &own, &self.cover, &self.content))?;
-        let bytes_written = Summary::of(shape, &needs).bytes_written;
         let backing = self.victims_backing_for(reader, moves)?;
-        self.must_fit(reader, backing.as_ref())?;
-        Ok(Merge {
+        self.files.must_fit(reader, backing.as_ref())?;
+        let merge = |work, bytes_written, bytes_cloned| Merge {
             target: reader,
             reader,
             direction: Direction::Pull,
-            bytes_cloned: self.clonable(reader, reader, shape, &needs)?,
-            work: Work::Clusters { shape, needs },
+            work,
             backing,
             bytes_written,
-        })
+            bytes_cloned,
+        };
+        if !self.file(reader).snapshots.is_empty() {
+            let mut covers = vec![own];
+            covers.extend(snapshot_covers(path, image)?);
+            let fills = pulled_fills(shape, &covers, &self.under, &self.content, |asked| {
+                zero_clusters(path, &self.files.open.chain(&self.lower())?, shape.cluster_bits, asked)
+            })?;
+            let bytes_written = bytes_of(shape.cluster_bits, &fills);
+            return Ok(merge(Work::States { cluster_bits: shape.cluster_bits, fills }, bytes_written, 0));
+        }
+        let chain = self.chain(reader)?;
+        let needs = self.settled(reader, &chain, shape, &pull(shape, &own, &self.under, &self.content))?;
+        let bytes_written = Summary::of(shape, &needs).bytes_written;
+        let cloned = self.files.clonable(reader, &chain, shape, &needs)?;
+        Ok(merge(Work::Clusters { shape, needs }, bytes_written, cloned))
     }
 
     /// The only reader, or the one that takes the victim's name: the cheaper way, and the names.
@@ -699,7 +688,7 @@ impl<'a> Planner<'a> {
         if merge.direction == Direction::Commit && !takes_parent {
             merge.backing = self.restyled(reader)?;
             if merge.backing.is_some() {
-                self.must_fit(self.victim, merge.backing.as_ref())?;
+                self.files.must_fit(self.victim, merge.backing.as_ref())?;
             }
         }
         let followers_of = followers;
@@ -724,7 +713,7 @@ impl<'a> Planner<'a> {
             .at(&over.path)
             .hint("delete with --keep child"));
         }
-        if !may_set_mode(self.disk, over) {
+        if !may_set_mode(self.files.disk, over) {
             let text =
                 "belongs to another user, so it cannot get the mode of the file whose name it should get";
             return Err(Error::new(ErrorKind::Unsupported, text)
@@ -732,7 +721,7 @@ impl<'a> Planner<'a> {
                 .hint("delete with --keep child"));
         }
         let second = second_name(&victim.path);
-        if self.disk.stat(&second).is_ok_and(|s| s.id != over.stat.id) {
+        if self.files.disk.stat(&second).is_ok_and(|s| s.id != over.stat.id) {
             return Err(
                 Error::new(ErrorKind::Refused, "is in the way: the name is needed for an instant").at(second)
             );
@@ -748,7 +737,7 @@ impl<'a> Planner<'a> {
         if !file.snapshots.is_empty() {
             return Err(stays_inside(file));
         }
-        let bitmaps = self.image(reader)?.bitmaps().map_err(|e| Error::image(&file.path, e))?;
+        let bitmaps = self.files.image(reader)?.bitmaps().map_err(|e| Error::image(&file.path, e))?;
         if let Some(bitmap) = bitmaps.first() {
             let text = format!("a raw file has no place for its bitmap \"{}\"", escape(&bitmap.name));
             return Err(Error::new(ErrorKind::Refused, text).at(&file.path).hint("delete with --keep child"));
@@ -768,9 +757,11 @@ impl<'a> Planner<'a> {
     /// Whether the victim's file can take the reader's content and stand in for it.
     fn can_commit(&self, reader: usize) -> bool {
         let (victim, over) = (self.file(self.victim), self.file(reader));
-        let (Ok(into), Ok(from)) = (self.image(self.victim), self.image(reader)) else { return false };
+        let (Ok(into), Ok(from)) = (self.files.image(self.victim), self.files.image(reader)) else {
+            return false;
+        };
         let no_bitmaps = |image: &Image| image.bitmaps().is_ok_and(|b| b.is_empty());
-        can_merge_down(self.disk, victim, over)
+        can_merge_down(self.files.disk, victim, over)
             && from.size() >= into.size()
             && no_bitmaps(into)
             && no_bitmaps(from)
@@ -780,9 +771,11 @@ impl<'a> Planner<'a> {
     }
 
     fn commit(&self, reader: usize) -> Result<Merge> {
-        let runs = layer_runs(&self.file(reader).path, self.open.layer(reader))?;
-        let size = self.open.layer(reader).size();
-        let upper = Cover::of_runs(size, &runs);
+        let open = self.files.open;
+        let mut upper: Vec<usize> = vec![reader];
+        upper.extend(self.between);
+        let size = open.layer(reader).size();
+        let upper = open.overlay(&upper)?.map_or_else(|| Cover::new(size, []), |upper| upper.cover());
         let merge = |work, bytes_written, bytes_cloned| Merge {
             target: self.victim,
             reader,
@@ -797,33 +790,13 @@ impl<'a> Planner<'a> {
             let written = pieces.iter().filter(|p| p.1 == Say::Data).map(|(r, _)| r.end - r.start).sum();
             return Ok(merge(Work::Raw { size, pieces }, written, 0));
         }
-        let into = self.writable(self.victim)?;
-        let shape = shape_of(into, size);
-        let plain = Cover::of_plain_data(into.size(), &self.runs);
-        let needs = commit(shape, &upper, &self.cover, &plain, &self.content);
-        let needs = self.settled(reader, shape, &needs)?;
+        let shape = shape_of(self.files.writable(self.victim)?, size);
+        let chain = self.chain(reader)?;
+        let needs = commit(shape, &upper, &self.cover, &self.plain, &self.content);
+        let needs = self.settled(reader, &chain, shape, &needs)?;
         let bytes_written = Summary::of(shape, &needs).bytes_written;
-        let cloned = self.clonable(self.victim, reader, shape, &needs)?;
+        let cloned = self.files.clonable(self.victim, &chain, shape, &needs)?;
         Ok(merge(Work::Clusters { shape, needs }, bytes_written, cloned))
-    }
-
-    fn clonable(&self, target: usize, reader: usize, shape: Target, needs: &[Need]) -> Result<u64> {
-        let store = self.open.layer(target).store();
-        crate::execute::clonable(&**store, &self.chain(reader), shape, needs)
-            .map_err(|e| Error::image(&self.file(reader).path, e))
-    }
-
-    /// Refuses a backing file name for which there is no room in the header of `file`.
-    fn must_fit(&self, file: usize, backing: Option<&BackingFile>) -> Result<()> {
-        let (path, head) = (&self.file(file).path, self.image(file)?.head());
-        rewrite_backing(&head.bytes, &head.header, backing).map(drop).map_err(|e| {
-            let mut error =
-                Error::new(ErrorKind::Unsupported, "its header has no room for its new backing file's name")
-                    .at(path)
-                    .hint("move the images closer together, or use a shorter path");
-            error.source = Some(Box::new(e));
-            error
-        })
     }
 
     /// The victim's backing file as the header of `reader` will name it: absolute or relative as its old name was.
@@ -831,11 +804,11 @@ impl<'a> Planner<'a> {
         let Some(&base) = self.below.first() else { return Ok(None) };
         let (base, reader) = (self.file(base), self.file(reader));
         let old = reader.header.as_ref().and_then(|h| h.backing());
-        let mut backing = renamed(self.disk, &reader.path, old, &base.path, base.format)?;
-        let home = |f: &SurveyFile| self.disk.canonical(&directory_of(&f.path)).ok();
+        let mut backing = renamed(self.files.disk, &reader.path, old, &base.path, base.format)?;
+        let home = |f: &SurveyFile| self.files.disk.canonical(&directory_of(&f.path)).ok();
         if moves && home(reader) != home(self.file(self.victim)) {
             // Right in both places: the file is in one now, and in the other in the end.
-            backing.name = absolute(self.disk, &directory_of(&reader.path), &backing.name)?;
+            backing.name = absolute(self.files.disk, &directory_of(&reader.path), &backing.name)?;
         }
         Ok(Some(backing))
     }
@@ -853,8 +826,8 @@ impl<'a> Planner<'a> {
     fn follow(&self, follower: usize, format: FileFormat) -> Result<Rebase> {
         let file = self.file(follower);
         let old = file.header.as_ref().and_then(|h| h.backing());
-        let backing = renamed(self.disk, &file.path, old, &self.file(self.victim).path, format)?;
-        self.must_fit(follower, Some(&backing))?;
+        let backing = renamed(self.files.disk, &file.path, old, &self.file(self.victim).path, format)?;
+        self.files.must_fit(follower, Some(&backing))?;
         Ok(Rebase { file: follower, backing: Some(backing) })
     }
 }
@@ -875,20 +848,20 @@ pub(crate) fn can_merge_down(disk: &dyn Disk, victim: &SurveyFile, reader: &Surv
         && directory(victim) == directory(reader)
 }
 
-/// What every state of an image gets when what it stands on goes: `covers` are its states, active first. `zero` tells
-/// which of some clusters of the layers below read as zeros.
+/// What every state of an image gets when what it stands on changes: `covers` are its states, active first, `lacking` says
+/// what a state needs. `look` tells what is at those clusters, each up to the longest disk's end, whose needs are `asked`.
 pub(crate) fn fills_of(
     shape: Target,
     covers: &[Cover],
-    victim: &Cover,
-    content: &Content,
-    zero: impl FnOnce(&[u64]) -> Result<Vec<bool>>,
+    lacking: &dyn Fn(Target, &Cover) -> Vec<Need>,
+    asked: fn(&Need) -> bool,
+    look: impl FnOnce(&[Range<u64>]) -> Result<Vec<Found>>,
 ) -> Result<Vec<StateFill>> {
     // States that share a table get the same cluster, so there is one decision for all: the one of the longest disk.
     let mut wanted: BTreeMap<u64, (Need, StateFill)> = BTreeMap::new();
     for (state, cover) in covers.iter().enumerate() {
         let shape = Target { size: cover.size(), ..shape };
-        for need in pull(shape, cover, victim, content) {
+        for need in lacking(shape, cover) {
             for cluster in need.clusters.clone() {
                 let end = ((cluster + 1) << shape.cluster_bits).min(shape.size);
                 let fill = StateFill { cluster, end, data: false, states: Vec::new() };
@@ -901,13 +874,41 @@ pub(crate) fn fills_of(
             }
         }
     }
-    let open: Vec<u64> = wanted.iter().filter(|(_, (n, _))| n.how != n.if_zero).map(|(c, _)| *c).collect();
-    let zeros: BTreeMap<u64, bool> = open.iter().copied().zip(zero(&open)?).collect();
-    let decide = |(cluster, (need, fill)): (u64, (Need, StateFill))| {
-        let how = if zeros.get(&cluster).copied().unwrap_or(false) { need.if_zero } else { need.how };
+    let open = wanted.values().filter(|(need, _)| asked(need)).map(|(_, fill)| fill);
+    let ranges: Vec<Range<u64>> = open.map(|f| f.cluster << shape.cluster_bits..f.end).collect();
+    let mut found = look(&ranges)?.into_iter();
+    let mut decide = |(need, fill): (Need, StateFill)| {
+        let how = match asked(&need).then(|| found.next()).flatten() {
+            Some(Found::Same) => How::Skip,
+            Some(Found::Zero) => need.if_zero,
+            Some(Found::Data) | None => need.how,
+        };
         (how != How::Skip).then_some(StateFill { data: how == How::Fill, ..fill })
     };
-    Ok(wanted.into_iter().filter_map(decide).collect())
+    Ok(wanted.into_values().filter_map(&mut decide).collect())
+}
+
+/// What every state of an image gets when the file `victim` below it goes. `zero` tells which of some clusters of the
+/// layers below read as zeros.
+pub(crate) fn pulled_fills(
+    shape: Target,
+    covers: &[Cover],
+    victim: &Cover,
+    content: &Content,
+    zero: impl FnOnce(&[u64]) -> Result<Vec<bool>>,
+) -> Result<Vec<StateFill>> {
+    let lacking = |shape, own: &Cover| pull(shape, own, victim, content);
+    fills_of(
+        shape,
+        covers,
+        &lacking,
+        |need| need.how != need.if_zero,
+        |asked| {
+            let clusters: Vec<u64> = asked.iter().map(|r| r.start >> shape.cluster_bits).collect();
+            let found = |zero| if zero { Found::Zero } else { Found::Data };
+            Ok(zero(&clusters)?.into_iter().map(found).collect())
+        },
+    )
 }
 
 /// Guest bytes that fills write as data.

@@ -16,8 +16,9 @@ use rayon::prelude::*;
 use crate::delete::{
     DeletePlan, Direction, Merge, Naming, Prepared, Rebase, StateFill, Work, directories, still_read,
 };
-use crate::journal::{Intent, Journal, JournalImage, directory_of};
+use crate::journal::{Intent, Journal, JournalImage, NewBacking, directory_of};
 use crate::open::OpenFiles;
+use crate::rebase::Onto;
 use crate::survey::{Survey, Trust};
 use crate::watch::Watch;
 use crate::{Error, ErrorKind, Result};
@@ -285,7 +286,10 @@ fn copy_fresh(
 
 /// Decompresses every compressed cluster that a stage reads.
 fn verify_sources(survey: &Survey, open: &OpenFiles, stage: &Staged<'_>) -> Result<()> {
-    let chain = open.chain(&chain_of(survey, stage.merge)?);
+    if stage.steps.is_empty() {
+        return Ok(());
+    }
+    let chain = open.chain(&chain_of(survey, stage.merge)?)?;
     let wrap = |e| Error::image(path_of(survey, stage.merge.reader), e);
     stage.steps.par_iter().try_for_each_init(Vec::new, |buf: &mut Vec<u8>, step| {
         for piece in chain.pieces(step.guest, step.len).map_err(wrap)? {
@@ -311,6 +315,24 @@ fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Inte
     let Some((victim, merges, naming)) = &plan.single else {
         return Ok(Intent::Remove { files: images(&mut plan.removes.iter().copied())?, directories });
     };
+    if let Naming::Stay(request) = naming {
+        let new = |onto: &Onto| -> Result<NewBacking> {
+            let dir = directory_of(&onto.path);
+            let real = disk.canonical(&dir).map_err(|e| Error::io("find the directory", &dir, e))?;
+            Ok(NewBacking {
+                path: real.join(onto.path.file_name().unwrap_or_default()),
+                file: onto.file.map(image).transpose()?,
+                format: onto.format.name().to_owned(),
+                absolute: onto.absolute,
+            })
+        };
+        return Ok(Intent::Rebase {
+            image: image(*victim)?,
+            onto: request.onto.as_ref().map(new).transpose()?,
+            unchecked: request.unchecked,
+            directories,
+        });
+    }
     let committed =
         merges.iter().find(|m| m.direction == Direction::Commit).map(|m| image(m.reader)).transpose()?;
     let (renamed, followers) = match naming {
@@ -532,17 +554,18 @@ fn copy_stage(
 ) -> Result<()> {
     let path = path_of(survey, stage.merge.target);
     let target = &**open.layer(stage.merge.target).store();
-    let chain = open.chain(&chain_of(survey, stage.merge)?);
-    let smallest = match &stage.merge.work {
-        Work::Clusters { shape, .. } => 1 << shape.cluster_bits,
-        Work::States { .. } | Work::Raw { .. } => 0,
-    };
-    let align = target.clones_at().filter(|&align| align <= smallest);
-    let cloned = copy(&chain, target, align, &stage.steps, watch).map_err(|e| match e {
-        Some(e) => Error::image(path, e),
-        None => stopped(),
-    })?;
-    outcome.bytes_cloned += cloned;
+    if !stage.steps.is_empty() {
+        let chain = open.chain(&chain_of(survey, stage.merge)?)?;
+        let smallest = match &stage.merge.work {
+            Work::Clusters { shape, .. } => 1 << shape.cluster_bits,
+            Work::States { .. } | Work::Raw { .. } => 0,
+        };
+        let align = target.clones_at().filter(|&align| align <= smallest);
+        outcome.bytes_cloned += copy(&chain, target, align, &stage.steps, watch).map_err(|e| match e {
+            Some(e) => Error::image(path, e),
+            None => stopped(),
+        })?;
+    }
     for zero in &stage.zeros {
         let range = zero.host..zero.host + zero.len;
         target.discard(range).map_err(|e| Error::io("write zeros to", path, e))?;
@@ -752,6 +775,7 @@ fn rename_all(
         id(reader).into_iter().chain(followers.iter().filter_map(|f| id(f.file))).collect()
     };
     let bytes_freed = match naming {
+        Naming::Stay(_) => 0,
         Naming::Unlink => unlink(disk, survey, victim)?,
         Naming::TakeReadersName { reader } => {
             nobody_reads(disk, &survey.directories, victim_id, &known(*reader, &[]))?;

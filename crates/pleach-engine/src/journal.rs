@@ -134,6 +134,32 @@ pub enum Intent {
         #[serde(with = "encoded::list")]
         directories: Vec<PathBuf>,
     },
+    /// One image gets another backing file, and reads the same.
+    Rebase {
+        /// The image.
+        image: JournalImage,
+        /// What it is to stand on; nothing if that is left out.
+        onto: Option<NewBacking>,
+        /// Only the header changes.
+        unchecked: bool,
+        /// Directories searched for images; paths as of images.
+        #[serde(with = "encoded::list")]
+        directories: Vec<PathBuf>,
+    },
+}
+
+/// What an image is to stand on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewBacking {
+    /// Where it is; paths as of images.
+    #[serde(with = "encoded")]
+    pub path: PathBuf,
+    /// The file that was looked at, if one was.
+    pub file: Option<JournalImage>,
+    /// QEMU's name of its format.
+    pub format: String,
+    /// Whether the header calls it by an absolute name.
+    pub absolute: bool,
 }
 
 /// A journal read back.
@@ -166,6 +192,7 @@ impl Intent {
             Self::Merge { victim, dependents, followers, .. } => {
                 std::iter::once(victim).chain(dependents).chain(followers).collect()
             }
+            Self::Rebase { image, .. } => vec![image],
         }
     }
 
@@ -184,6 +211,16 @@ impl Intent {
                 committed: committed.map(image),
                 renamed: renamed.map(image),
                 followers: images(followers),
+                directories: paths(directories),
+            },
+            Self::Rebase { image: rebased, onto, unchecked, directories } => Self::Rebase {
+                image: image(rebased),
+                onto: onto.map(|new| NewBacking {
+                    path: change(new.path.clone()),
+                    file: new.file.clone().map(image),
+                    ..new
+                }),
+                unchecked,
                 directories: paths(directories),
             },
         }

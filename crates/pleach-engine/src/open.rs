@@ -2,11 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
+use pleach_format::RunList;
 use pleach_image::{Chain, Image, Layer, RawImage};
+use pleach_plan::Overlay;
 use pleach_store::{Access, Disk, Role};
+use rayon::prelude::*;
 
+use crate::scan::{fold, layer_runs, pieces_of};
 use crate::survey::{FileFormat, Survey, SurveyFile};
 use crate::{Error, ErrorKind, Result};
 
@@ -15,7 +19,15 @@ use crate::{Error, ErrorKind, Result};
 /// Locks belong to the open file: every file is opened once, for the strongest role that it will have.
 #[derive(Debug)]
 pub struct OpenFiles {
-    layers: BTreeMap<usize, (PathBuf, Arc<Layer>)>,
+    layers: BTreeMap<usize, OpenFile>,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    path: PathBuf,
+    layer: Arc<Layer>,
+    /// What it said when it was first asked.
+    runs: OnceLock<RunList>,
 }
 
 impl OpenFiles {
@@ -27,7 +39,8 @@ impl OpenFiles {
         let mut layers = BTreeMap::new();
         for (&index, &role) in roles {
             let Some(file) = survey.files.get(index) else { continue };
-            layers.insert(index, (file.path.clone(), Arc::new(open_one(disk, file, role)?)));
+            let layer = Arc::new(open_one(disk, file, role)?);
+            layers.insert(index, OpenFile { path: file.path.clone(), layer, runs: OnceLock::new() });
         }
         Ok(Self { layers })
     }
@@ -37,16 +50,54 @@ impl OpenFiles {
     /// # Panics
     /// If the file was not among those opened, which is a defect of the caller.
     pub fn layer(&self, index: usize) -> &Arc<Layer> {
-        &self.entry(index).1
+        &self.entry(index).layer
     }
 
-    fn entry(&self, index: usize) -> &(PathBuf, Arc<Layer>) {
+    fn entry(&self, index: usize) -> &OpenFile {
         self.layers.get(&index).expect("opened with the others")
     }
 
-    /// The chain of files `indexes`, top first.
-    pub fn chain(&self, indexes: &[usize]) -> Chain {
-        Chain::with_paths(indexes.iter().map(|&i| self.entry(i).clone()).collect())
+    /// What a file says about its whole disk; read once.
+    ///
+    /// # Errors
+    /// As [`layer_runs`].
+    pub fn runs(&self, index: usize) -> Result<&RunList> {
+        let entry = self.entry(index);
+        if let Some(runs) = entry.runs.get() {
+            return Ok(runs);
+        }
+        let runs = layer_runs(&entry.path, &entry.layer)?;
+        Ok(entry.runs.get_or_init(|| runs))
+    }
+
+    /// Files over each other, top first, folded; each is called by its index. `None` of none.
+    ///
+    /// # Errors
+    /// As [`runs`](Self::runs).
+    pub fn overlay(&self, indexes: &[usize]) -> Result<Option<Overlay>> {
+        self.folded(indexes, |index, _| index)
+    }
+
+    fn folded(&self, indexes: &[usize], name: fn(usize, usize) -> usize) -> Result<Option<Overlay>> {
+        let layers: Vec<Overlay> = indexes
+            .par_iter()
+            .enumerate()
+            .map(|(depth, &i)| Ok(Overlay::of_runs(name(i, depth), self.layer(i).size(), self.runs(i)?)))
+            .collect::<Result<_>>()?;
+        Ok(fold(layers))
+    }
+
+    /// The chain of files `indexes`, top first, as they are now; with an index.
+    ///
+    /// # Errors
+    /// As [`runs`](Self::runs).
+    pub fn chain(&self, indexes: &[usize]) -> Result<Chain> {
+        let layer = |&i: &usize| (self.entry(i).path.clone(), Arc::clone(self.layer(i)));
+        let chain = Chain::with_paths(indexes.iter().map(layer).collect());
+        Ok(match self.folded(indexes, |_, depth| depth)? {
+            Some(overlay) => chain.with_index(pieces_of(&overlay)),
+            None => chain,
+        })
     }
 }
 

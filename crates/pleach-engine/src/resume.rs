@@ -3,14 +3,17 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use pleach_image::{Image, Layer, backing_path, read_head};
+use pleach_image::{Image, backing_path, read_head};
 use pleach_store::{Access, Disk, FileId, Role, Store};
 
 use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{drop_first_name, go_on, nobody_reads, second_name, switch_backing};
-use crate::journal::{Contents, Intent, Journal, JournalImage, clear_unbegun, directory_of, pending};
+use crate::journal::{
+    Contents, Intent, Journal, JournalImage, NewBacking, clear_unbegun, directory_of, pending,
+};
 use crate::leaks::give_back;
 use crate::names::renamed;
+use crate::rebase::{Onto, RebaseRequest, plan_rebase};
 use crate::survey::{FileFormat, Survey, Trust};
 use crate::watch::Watch;
 use crate::{Error, ErrorKind, Result};
@@ -74,6 +77,16 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
             };
             merge.finish(disk, journal, watch)?;
             Ok(format!("deleted \"{}\"", victim.path.display()))
+        }
+        Some(Intent::Rebase { image, onto, unchecked, directories }) => {
+            let rebase = RebaseIntent { image, onto: onto.as_ref(), unchecked: *unchecked, directories };
+            rebase.finish(disk, journal, watch)?;
+            Ok(match onto {
+                Some(onto) => {
+                    format!("rebased \"{}\" onto \"{}\"", image.path.display(), onto.path.display())
+                }
+                None => format!("\"{}\" stands alone", image.path.display()),
+            })
         }
     }
 }
@@ -174,19 +187,78 @@ impl MergeIntent<'_> {
             if here(disk, image).is_none() {
                 continue;
             }
-            let store = open(disk, &image.path)?;
-            let mut magic = [0; 4];
-            store.read_at(0, &mut magic).map_err(|e| Error::io("read", &image.path, e))?;
-            if magic != *b"QFI\xfb" {
-                // A raw file has no counts.
-                continue;
-            }
-            let layer = Layer::Qcow2(Image::open(store).map_err(|e| Error::image(&image.path, e))?);
-            if let Some(opened) = layer.image() {
-                give_back(&image.path, opened)?;
-            }
+            give_back_leaks_of(disk, &image.path)?;
         }
         Ok(())
+    }
+}
+
+/// Clusters of one file that were counted but not yet used. A raw file has no counts.
+fn give_back_leaks_of(disk: &dyn Disk, path: &Path) -> Result<()> {
+    let store = open(disk, path)?;
+    let mut magic = [0; 4];
+    store.read_at(0, &mut magic).map_err(|e| Error::io("read", path, e))?;
+    if magic == *b"QFI\xfb" {
+        let image = Image::open(store).map_err(|e| Error::image(path, e))?;
+        give_back(path, &image)?;
+    }
+    Ok(())
+}
+
+struct RebaseIntent<'a> {
+    image: &'a JournalImage,
+    onto: Option<&'a NewBacking>,
+    unchecked: bool,
+    directories: &'a [PathBuf],
+}
+
+impl RebaseIntent<'_> {
+    fn finish(&self, disk: &dyn Disk, journal: &mut Journal<'_>, watch: &Watch) -> Result<()> {
+        if here(disk, self.image).is_none() {
+            return Err(not_the_same(&self.image.path));
+        }
+        give_back_leaks_of(disk, &self.image.path)?;
+        if self.is_switched(disk)? {
+            return Ok(());
+        }
+        let trust = Trust { everything: true, ..Trust::default() };
+        let mut survey = Survey::of_directories(disk, self.directories, &trust)?;
+        let onto = match self.onto {
+            None => None,
+            Some(new) => {
+                let format =
+                    if new.format == FileFormat::Raw.name() { FileFormat::Raw } else { FileFormat::Qcow2 };
+                let file = match &new.file {
+                    None => None,
+                    Some(file) if here(disk, file).is_none() => return Err(not_the_same(&file.path)),
+                    Some(file) => Some(survey.also_file(disk, &file.path, Some(format))?),
+                };
+                Some(Onto { path: new.path.clone(), absolute: new.absolute, file, format })
+            }
+        };
+        let image = survey
+            .find(disk, &self.image.path)
+            .ok_or_else(|| Error::new(ErrorKind::Failed, "the image cannot be read").at(&self.image.path))?;
+        let request = RebaseRequest { image, onto, unchecked: self.unchecked };
+        let prepared = plan_rebase(disk, &survey, &request, true)?;
+        go_on(disk, &survey, &prepared, journal, watch).map(drop)
+    }
+
+    /// Whether the header names what it is to name.
+    fn is_switched(&self, disk: &dyn Disk) -> Result<bool> {
+        let path = &self.image.path;
+        let store = disk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
+        let head = read_head(&*store).map_err(|e| Error::image(path, e))?;
+        let (named, wanted) = match (head.header.backing(), self.onto) {
+            (None, None) => return Ok(true),
+            (Some(named), Some(wanted)) => (named, wanted),
+            _ => return Ok(false),
+        };
+        let real = |p: &Path| {
+            disk.canonical(&directory_of(p)).ok().map(|d| d.join(p.file_name().unwrap_or_default()))
+        };
+        let same = backing_path(path, &named.name).is_ok_and(|p| real(&p) == real(&wanted.path));
+        Ok(same && named.format.as_deref() == Some(wanted.format.as_bytes()))
     }
 }
 

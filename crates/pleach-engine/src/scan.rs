@@ -1,11 +1,12 @@
 //! Reading what layers say, in parallel over L1 slots.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
 
 use pleach_format::{GuestOffset, HostOffset, L1Entry, Mapping, RunList};
-use pleach_image::{Chain, Image, ImageError, Layer};
-use pleach_plan::{Content, Cover};
+use pleach_image::{Chain, Image, ImageError, Layer, Piece, PieceKind};
+use pleach_plan::{Cover, Found, Overlay, Owner};
 use rayon::prelude::*;
 
 use crate::{Error, Result};
@@ -85,9 +86,22 @@ fn state_runs(image: &Image, l1: &[L1Entry], size: u64) -> Result<RunList, Image
     Ok(all)
 }
 
-/// The content of a chain whose covers, top first, are known.
-pub(crate) fn content_of<'a>(covers: impl DoubleEndedIterator<Item = &'a Cover>) -> Content {
-    covers.rev().fold(Content::none(), |below, cover| below.under(cover))
+/// Layers over each other, top first, as one; `None` of none.
+pub(crate) fn fold(layers: Vec<Overlay>) -> Option<Overlay> {
+    layers.into_par_iter().reduce_with(|upper, lower| upper.over(&lower))
+}
+
+/// A chain whose layers were called by their depth, with nothing below, as an index for reading.
+pub(crate) fn pieces_of(chain: &Overlay) -> Vec<Piece> {
+    let piece = |part: pleach_plan::Part| {
+        let kind = match part.owner {
+            Owner::Zero => PieceKind::Zero,
+            Owner::Data { layer, host } => PieceKind::Data { layer, host },
+            Owner::Compressed { layer, .. } => PieceKind::Compressed { layer },
+        };
+        Piece { guest: part.start, len: part.end - part.start, kind }
+    };
+    chain.whole(chain.size()).into_iter().map(piece).collect()
 }
 
 /// Which of the guest clusters read as zeros; `clusters` are indexes of clusters of `1 << bits` bytes.
@@ -115,6 +129,39 @@ pub fn zero_clusters(path: &Path, chain: &Chain, bits: u32, clusters: &[u64]) ->
         )
         .collect()
 }
+
+/// How two chains differ in each of the guest ranges.
+///
+/// # Errors
+/// What reading says.
+pub(crate) fn compare_ranges(
+    path: &Path,
+    old: &Chain,
+    new: &Chain,
+    ranges: &[Range<u64>],
+) -> Result<Vec<Found>> {
+    let compare = |buf: &mut Vec<u8>, range: &Range<u64>| -> Result<Found> {
+        let (mut same, mut zero) = (true, true);
+        for at in range.clone().step_by(BLOCK) {
+            let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(BLOCK);
+            buf.resize(2 * BLOCK, 0);
+            let (was, will) = buf.split_at_mut(BLOCK);
+            let (Some(was), Some(will)) = (was.get_mut(..len), will.get_mut(..len)) else { continue };
+            old.read_at(at, was).map_err(|e| Error::image(path, e))?;
+            new.read_at(at, will).map_err(|e| Error::image(path, e))?;
+            same &= was == will;
+            zero &= is_zero(was);
+            if !same && !zero {
+                return Ok(Found::Data);
+            }
+        }
+        Ok(if same { Found::Same } else { Found::Zero })
+    };
+    ranges.par_iter().map_init(Vec::new, compare).collect()
+}
+
+/// Bytes that are compared in one go.
+const BLOCK: usize = 16 << 10;
 
 /// Whether all bytes are zero; 256 bytes a step, so that the compiler uses wide registers.
 pub fn is_zero(bytes: &[u8]) -> bool {

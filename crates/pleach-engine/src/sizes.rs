@@ -11,7 +11,7 @@ use pleach_plan::{Content, Cover, Need, Summary, Target, candidates, commit, pul
 use pleach_store::{Disk, Role};
 use rayon::prelude::*;
 
-use crate::delete::{bytes_of, can_merge_down, data_extents, fills_of, freed_by, shape_of};
+use crate::delete::{bytes_of, can_merge_down, data_extents, freed_by, pulled_fills, shape_of};
 use crate::family::{Family, State};
 use crate::open::open_one;
 use crate::scan::{layer_runs, snapshot_covers, zero_clusters};
@@ -247,7 +247,7 @@ fn written(
         if !over.states.is_empty() {
             let covers: Vec<Cover> = std::iter::once(&over.cover).chain(&over.states).cloned().collect();
             let fills =
-                fills_of(shape, &covers, &own.cover, content, |asked| pair.zero(shape, asked, false))?;
+                pulled_fills(shape, &covers, &own.cover, content, |asked| pair.zero(shape, asked, false))?;
             sum += bytes_of(shape.cluster_bits, &fills);
             continue;
         }

@@ -169,6 +169,37 @@ impl Survey {
         Ok(())
     }
 
+    /// The file at `path`, which somebody named: found already, or added with whatever it stands on. The format of one that
+    /// is not known yet is `format`, else what its first bytes say.
+    ///
+    /// # Errors
+    /// No such file; one that is no regular file or cannot be read; a format other than the one that is known.
+    pub fn also_file(&mut self, disk: &dyn Disk, path: &Path, format: Option<FileFormat>) -> Result<usize> {
+        let stat = disk.stat(path).map_err(|e| Error::io("find", path, e))?;
+        if let Some(&known) = self.by_id.get(&stat.id) {
+            let found = self.files.get(known).map(|f| f.format);
+            return match (format, found) {
+                (Some(said), Some(found)) if said != found => {
+                    let text = format!("is a {} image, and was said to be {}", found.name(), said.name());
+                    Err(Error::new(ErrorKind::Refused, text).at(path))
+                }
+                _ => Ok(known),
+            };
+        }
+        if stat.kind != FileKind::Regular {
+            return Err(Error::new(ErrorKind::Failed, "is not a regular file").at(path));
+        }
+        let store = disk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
+        let seen = if is_qcow2(&*store) { FileFormat::Qcow2 } else { FileFormat::Raw };
+        let own = self.own_path(disk, path);
+        let added = self.add(own, stat, format.unwrap_or(seen), &*store, disk);
+        self.link(disk);
+        added.ok_or_else(|| match self.broken.iter().position(|b| b.id == stat.id) {
+            Some(at) => self.broken.swap_remove(at).error,
+            None => Error::new(ErrorKind::Failed, "cannot be read as an image").at(path),
+        })
+    }
+
     /// The files from `file` down to the root of its chain, `file` first.
     ///
     /// # Errors

@@ -115,18 +115,27 @@ pub struct Piece {
 pub struct Chain {
     layers: Vec<Arc<Layer>>,
     paths: Vec<PathBuf>,
+    /// Where every guest byte comes from, in order, if that was found out beforehand.
+    index: Option<Arc<[Piece]>>,
 }
 
 impl Chain {
     /// The chain of `layers`, top first. Each layer hides what lies below it, also behind its own end.
     pub fn new(layers: Vec<Arc<Layer>>) -> Self {
-        Self { layers, paths: Vec::new() }
+        Self { layers, paths: Vec::new(), index: None }
     }
 
     /// The same, with the layers' paths: errors then say which layer they are about.
     pub fn with_paths(layers: Vec<(PathBuf, Arc<Layer>)>) -> Self {
         let (paths, layers) = layers.into_iter().unzip();
-        Self { layers, paths }
+        Self { layers, paths, index: None }
+    }
+
+    /// The same, with what [`pieces`](Self::pieces) would say about the whole disk: in guest order, without gaps. Reading
+    /// then costs the same whatever the depth. The tables that it was made from must not change as long as this lives.
+    #[must_use]
+    pub fn with_index(self, pieces: Vec<Piece>) -> Self {
+        Self { index: Some(pieces.into()), ..self }
     }
 
     /// Says which layer an error is about, unless that was said already.
@@ -158,7 +167,23 @@ impl Chain {
     /// # Errors
     /// What the system says, or damage in the tables that are met.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
-        self.read_from(0, offset, buf)
+        let Some(index) = &self.index else { return self.read_from(0, offset, buf) };
+        let mut rest = buf;
+        for piece in within(index, offset, rest.len() as u64) {
+            let (part, behind) =
+                std::mem::take(&mut rest).split_at_mut(usize::try_from(piece.len).unwrap_or(0));
+            rest = behind;
+            match piece.kind {
+                PieceKind::Zero => part.fill(0),
+                PieceKind::Compressed { layer } => self.read_from(layer, piece.guest, part)?,
+                PieceKind::Data { layer, host } => {
+                    let Some(owner) = self.layers.get(layer) else { continue };
+                    let read = owner.data_store().read_at(host, part);
+                    read.map_err(ImageError::io("read guest data")).map_err(self.in_layer(layer))?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn read_from(&self, depth: usize, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
@@ -198,6 +223,9 @@ impl Chain {
     /// # Errors
     /// Damage in the tables that are met.
     pub fn pieces(&self, offset: u64, len: u64) -> Result<Vec<Piece>, ImageError> {
+        if let Some(index) = &self.index {
+            return Ok(within(index, offset, len).collect());
+        }
         let mut out = Vec::new();
         self.pieces_from(0, offset, len, &mut out)?;
         Ok(out)
@@ -239,6 +267,23 @@ impl Chain {
         push(out, zero(offset + inside, len - inside));
         Ok(())
     }
+}
+
+/// The pieces of `offset .. offset + len`, cut to it; behind the end of the index there are zeros.
+fn within(index: &[Piece], offset: u64, len: u64) -> impl Iterator<Item = Piece> {
+    let end = offset + len;
+    let known = index.last().map_or(0, |p| p.guest + p.len).clamp(offset, end);
+    let first = index.partition_point(|p| p.guest + p.len <= offset);
+    let found = index.get(first..).unwrap_or(&[]).iter().take_while(move |p| p.guest < end).map(move |p| {
+        let guest = p.guest.max(offset);
+        let kind = match p.kind {
+            PieceKind::Data { layer, host } => PieceKind::Data { layer, host: host + (guest - p.guest) },
+            other => other,
+        };
+        Piece { guest, len: (p.guest + p.len).min(end) - guest, kind }
+    });
+    let behind = Piece { guest: known, len: end - known, kind: PieceKind::Zero };
+    found.chain((known < end).then_some(behind))
 }
 
 fn push(out: &mut Vec<Piece>, piece: Piece) {

@@ -28,8 +28,10 @@ extern crate std;
 
 mod cover;
 mod merge;
+mod overlay;
 mod settle;
 
 pub use cover::{Content, Cover, Say};
-pub use merge::{How, Need, Target, commit, pull};
-pub use settle::{Summary, candidates, settle};
+pub use merge::{How, Need, Target, commit, pull, rebase};
+pub use overlay::{Overlay, Owner, Part, changed};
+pub use settle::{Found, Summary, candidates, clusters, settle, settle_against};

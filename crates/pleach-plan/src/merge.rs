@@ -7,7 +7,8 @@
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use crate::{Content, Cover, Say};
+use crate::overlay::changed;
+use crate::{Content, Cover, Overlay, Say};
 
 /// The file that receives.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -102,15 +103,12 @@ fn need(how: How, if_zero: How) -> Need {
 }
 
 /// The overlay `own` takes what it lacks of `victim`, its backing file, and stands on `below`, the content of the
-/// victim's backing chain, afterwards.
+/// victim's backing chain, afterwards. Several backing files that go together are one victim, folded.
 ///
 /// `own` covers whole clusters of `target`. Pure: equal inputs give equal needs.
 pub fn pull(target: Target, own: &Cover, victim: &Cover, below: &Content) -> Vec<Need> {
     // What reads differently once the victim is out of the way: its data, its zeros over content, and content that its
     // end hid.
-    let zeros = if target.zero_flag { How::Zero } else { How::Fill };
-    let seen = below.under(victim);
-    let mut needs = Needs::default();
     let mut changed: Vec<Range<u64>> = Vec::new();
     for (range, say) in victim.says() {
         match say {
@@ -119,7 +117,30 @@ pub fn pull(target: Target, own: &Cover, victim: &Cover, below: &Content) -> Vec
         }
     }
     changed.extend(below.within(victim.size()..target.size.max(victim.size())));
-    for range in &changed {
+    lacking(target, own, &changed, &below.under(victim), below)
+}
+
+/// The overlay `own`, which stands on the chain `old`, is to stand on the chain `new`: what it needs wherever the two do
+/// not read from the same place. Whether they read the same there all the same, only a look tells: see
+/// [`settle_against`](crate::settle_against).
+///
+/// `own` covers whole clusters of `target`. Pure: equal inputs give equal needs.
+pub fn rebase(target: Target, own: &Cover, old: &Overlay, new: &Overlay) -> Vec<Need> {
+    let content = |chain: &Overlay| Content::none().under(&chain.cover());
+    lacking(target, own, &changed(old, new, target.size), &content(old), &content(new))
+}
+
+/// What `own` needs of the content `seen` below it when `changed` is replaced by `below`.
+fn lacking(
+    target: Target,
+    own: &Cover,
+    changed: &[Range<u64>],
+    seen: &Content,
+    below: &Content,
+) -> Vec<Need> {
+    let zeros = if target.zero_flag { How::Zero } else { How::Fill };
+    let mut needs = Needs::default();
+    for range in changed {
         needs.judge(&target, range, |bytes| {
             if own.touches(&bytes) {
                 return need(How::Skip, How::Skip);

@@ -36,6 +36,40 @@ pub fn settle(needs: &[Need], zero: impl IntoIterator<Item = bool>) -> Vec<Need>
     out
 }
 
+/// What a look at a cluster tells when two chains are compared there.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// Both read the same.
+    Same,
+    /// The old chain reads as zeros, the new one does not.
+    Zero,
+    /// They differ, and the old one holds data.
+    Data,
+}
+
+/// Every cluster of the needs, in order: look at each in both chains, and tell [`settle_against`].
+pub fn clusters(needs: &[Need]) -> impl Iterator<Item = u64> {
+    needs.iter().flat_map(|n| n.clusters.clone())
+}
+
+/// The needs of [`rebase`](crate::rebase) with each cluster decided: `found` says, in the order of [`clusters`], what is
+/// there.
+pub fn settle_against(needs: &[Need], found: impl IntoIterator<Item = Found>) -> Vec<Need> {
+    let mut found = found.into_iter();
+    let mut out: Vec<Need> = Vec::new();
+    for need in needs {
+        for cluster in need.clusters.clone() {
+            let how = match found.next().unwrap_or(Found::Data) {
+                Found::Same => How::Skip,
+                Found::Zero => need.if_zero,
+                Found::Data => need.how,
+            };
+            push(&mut out, Need { clusters: cluster..cluster + 1, how, if_zero: how, pieces: Vec::new() });
+        }
+    }
+    out
+}
+
 fn push(out: &mut Vec<Need>, need: Need) {
     if need.how == How::Skip {
         return;

@@ -141,6 +141,19 @@ impl Forest {
         after
     }
 
+    /// The model after `name` got another backing file, or none, and reads the same.
+    ///
+    /// # Panics
+    /// If there is no such node.
+    #[must_use]
+    pub fn rebased(&self, name: &str, parent: Option<&str>) -> Self {
+        let mut after = self.clone();
+        let state = after.nodes.get_mut(name).unwrap_or_else(|| panic!("the model has no node {name}"));
+        state.parent = parent.map(str::to_owned);
+        state.absolute = if parent.is_some() { state.absolute } else { None };
+        after
+    }
+
     fn reparent(&mut self, from: &str, to: Option<&str>) {
         for state in self.nodes.values_mut().filter(|state| state.parent.as_deref() == Some(from)) {
             state.parent = to.map(str::to_owned);

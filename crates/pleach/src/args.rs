@@ -38,6 +38,8 @@ pub(crate) enum Command {
     Measure(MeasureArgs),
     /// Delete a node; the content of every node that stays is unchanged
     Delete(DeleteArgs),
+    /// Give an image another backing file, or none; its content stays the same
+    Rebase(RebaseArgs),
     /// Finish interrupted operations
     Resume(ResumeArgs),
     /// Build a tree of real images, delete nodes from it every way, and prove that nothing else changed
@@ -512,15 +514,24 @@ pub(crate) struct DeleteArgs {
     /// Look for images that stand on these in this directory too
     #[arg(long, value_name = "DIR")]
     pub(crate) also: Vec<PathBuf>,
+    /// With --children: deleting a root, and so the whole tree, is meant
+    #[arg(long)]
+    pub(crate) yes_everything: bool,
+    #[command(flatten)]
+    pub(crate) act: ActArgs,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+}
+
+/// How a plan is shown and carried out.
+#[derive(Debug, Args)]
+pub(crate) struct ActArgs {
     /// Show what would be done, and stop
     #[arg(short = 'n', long)]
     pub(crate) dry_run: bool,
     /// Do it without asking
     #[arg(short, long)]
     pub(crate) yes: bool,
-    /// With --children: deleting a root, and so the whole tree, is meant
-    #[arg(long)]
-    pub(crate) yes_everything: bool,
     /// Threads that copy; one a processor if left out
     #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<usize>,
@@ -533,6 +544,24 @@ pub(crate) struct DeleteArgs {
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RebaseArgs {
+    /// The image
+    #[arg(value_name = "IMG")]
+    pub(crate) image: PathBuf,
+    /// What it is to stand on: a file, named from the image's directory or from here; or "none"
+    #[arg(long, value_name = "BASE")]
+    pub(crate) onto: PathBuf,
+    /// Change only the name in the header; you know that the content stays the same
+    #[arg(long = "unsafe")]
+    pub(crate) unchecked: bool,
+    /// The format of BASE, if it is not what its first bytes say
+    #[arg(short = 'F', long, value_name = "FORMAT", value_parser = format)]
+    pub(crate) backing_format: Option<FileFormat>,
+    #[command(flatten)]
+    pub(crate) act: ActArgs,
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
 }

@@ -13,12 +13,13 @@ use pleach_image::{CreateOptions, Preallocation, backing_path};
 use pleach_store::{Disk, RealDisk};
 use serde_json::json;
 
+use crate::act::start_jobs;
 use crate::args::{ConvertArgs, CopyArgs, MeasureArgs};
 use crate::progress::{Progress, Show};
 use crate::{create, output, size};
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
-    start_jobs(&args.copy)?;
+    start_jobs(args.copy.jobs)?;
     if args.bitmaps {
         return Err(Error::new(ErrorKind::Unsupported, "copying bitmaps is not supported").at(&args.source));
     }
@@ -54,7 +55,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
 }
 
 pub(crate) fn measure(args: &MeasureArgs) -> Result<ExitCode> {
-    start_jobs(&args.copy)?;
+    start_jobs(args.copy.jobs)?;
     let to = args.copy.to.unwrap_or(FileFormat::Qcow2);
     // A backing file name is relative to the copy's directory: there is no copy, so to the working directory.
     let nowhere = Path::new("copy");
@@ -94,14 +95,6 @@ pub(crate) fn measure(args: &MeasureArgs) -> Result<ExitCode> {
 
 fn usage(message: String) -> Error {
     Error::new(ErrorKind::Usage, message)
-}
-
-fn start_jobs(args: &CopyArgs) -> Result<()> {
-    let Some(jobs) = args.jobs else { return Ok(()) };
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(jobs)
-        .build_global()
-        .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))
 }
 
 /// The source, which can be read to its end.

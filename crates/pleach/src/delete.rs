@@ -2,32 +2,22 @@
 
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
 use pleach_engine::family::{State, shown};
 use pleach_engine::survey::Survey;
-use pleach_engine::{
-    DeletePlan, DeleteRequest, Direction, Error, ErrorKind, Outcome, Rebase, Result, Watch, Work, execute,
-    prepare,
-};
+use pleach_engine::{DeletePlan, DeleteRequest, Direction, Naming, Outcome, Rebase, Result, Work, prepare};
 use pleach_image::escape;
 use pleach_lineage::DeleteMode;
 use pleach_store::RealDisk;
 use serde_json::{Value, json};
 
+use crate::act::{carry_out, start_jobs};
 use crate::args::DeleteArgs;
-use crate::confirm::confirm;
-use crate::progress::{Progress, Show};
+use crate::size;
 use crate::target::{Target, directory};
-use crate::{output, size};
 
 pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
-    if let Some(jobs) = args.jobs {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(jobs)
-            .build_global()
-            .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))?;
-    }
+    start_jobs(args.act.jobs)?;
     let target = Target::of(&args.target, &args.also)?;
     let mut survey = target.survey(&args.trust.trust())?;
     let mut family = target.family(&survey)?;
@@ -50,31 +40,9 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
         keep: args.keep.clone(),
         whole_tree: args.yes_everything,
     };
-    let prepared = prepare(&RealDisk, &survey, &family, &request, !args.dry_run)?;
-    let view = View { survey: &survey, base: &target.base, bytes: args.bytes };
-    if args.dry_run {
-        if args.json {
-            output::document(&json!({ "schema": 1, "plan": view.object(&prepared.plan, None) }));
-        } else {
-            output::print(&view.text(&prepared.plan));
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
-    if !args.yes {
-        confirm(&view.text(&prepared.plan))?;
-    }
-    let plan = prepared.plan.clone();
-    let watch = Arc::new(Watch::new());
-    let progress = Progress::start(Show::of(&args.progress), &watch);
-    let outcome = execute(&RealDisk, &survey, prepared, &watch);
-    drop(progress);
-    let outcome = outcome?;
-    if args.json {
-        output::document(&json!({ "schema": 1, "plan": view.object(&plan, Some(outcome)) }));
-    } else {
-        output::print(&view.done(&plan, outcome));
-    }
-    Ok(ExitCode::SUCCESS)
+    let prepared = prepare(&RealDisk, &survey, &family, &request, !args.act.dry_run)?;
+    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes };
+    carry_out(&view, prepared, &args.act)
 }
 
 /// A plan for people and for programs.
@@ -103,7 +71,8 @@ impl View<'_> {
 
     /// The plan as text, totals last.
     pub(crate) fn text(&self, plan: &DeletePlan) -> String {
-        let mut out = format!("delete {}\n", plan.node);
+        let rebase = matches!(plan.single, Some((_, _, Naming::Stay(_))));
+        let mut out = format!("{} {}\n", if rebase { "rebase" } else { "delete" }, plan.node);
         let mut line = |what: &str, text: String| out.push_str(&format!("  {what:<8} {text}\n"));
         for merge in plan.merges() {
             let (into, of) = (self.file(merge.target), self.size(merge.bytes_written));
@@ -111,6 +80,7 @@ impl View<'_> {
             line(
                 "copy",
                 match merge.direction {
+                    Direction::Pull if rebase => format!("{of} into {into}: what its new backing file lacks"),
                     Direction::Pull => format!("{of} into {into}: what it lacks of {victim}"),
                     Direction::Commit => format!("{of} into {into}: what {} has", self.file(merge.reader)),
                 },
@@ -146,13 +116,18 @@ impl View<'_> {
         out
     }
 
-    fn done(&self, plan: &DeletePlan, outcome: Outcome) -> String {
+    /// What was done, as text.
+    pub(crate) fn done(&self, plan: &DeletePlan, outcome: Outcome) -> String {
         let (written, freed) = (self.size(outcome.bytes_written), self.size(outcome.bytes_freed));
         let shared = match outcome.bytes_cloned {
             0 => String::new(),
             bytes => format!(" (of which {} shared)", self.size(bytes)),
         };
-        let mut out = format!("deleted {}: {written} written{shared}, {freed} freed\n", plan.node);
+        let node = &plan.node;
+        let mut out = match &plan.single {
+            Some((_, _, Naming::Stay(_))) => format!("rebased {node}: {written} written{shared}\n"),
+            _ => format!("deleted {node}: {written} written{shared}, {freed} freed\n"),
+        };
         for (from, to) in plan.renames(self.survey) {
             out.push_str(&format!("  {} is now called {}\n", self.path(from), self.path(to)));
         }

@@ -200,7 +200,7 @@ fn chain_of(dir: &Path, node: &str) -> Result<Chain> {
     };
     let files = survey.chain(index)?;
     let roles = files.iter().map(|&i| (i, Role::Read)).collect();
-    Ok(OpenFiles::open(&RealDisk, &survey, &roles)?.chain(&files))
+    OpenFiles::open(&RealDisk, &survey, &roles)?.chain(&files)
 }
 
 /// SHA-256 of what each node reads, by node.

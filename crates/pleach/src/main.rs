@@ -1,6 +1,7 @@
 //! The command line: argv in, text or JSON out, one exit code.
 #![forbid(unsafe_code)]
 
+mod act;
 mod args;
 mod bitmap;
 mod check;
@@ -14,6 +15,7 @@ mod info;
 mod map;
 mod output;
 mod progress;
+mod rebase;
 mod resize;
 mod resume;
 mod size;
@@ -44,7 +46,8 @@ fn main() -> ExitCode {
         Command::Bitmap(args) => (args.json, bitmap::run(&args)),
         Command::Convert(args) => (args.copy.json, convert::run(&args)),
         Command::Measure(args) => (args.copy.json, convert::measure(&args)),
-        Command::Delete(args) => (args.json, delete::run(&args)),
+        Command::Delete(args) => (args.act.json, delete::run(&args)),
+        Command::Rebase(args) => (args.act.json, rebase::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),
         Command::Demo(args) => (false, demo::run(&args)),
     };

@@ -2,8 +2,10 @@
 
 use alloc::vec;
 
+use pleach_format::{GuestOffset, HostOffset, Mapping, RunList};
+
 use super::*;
-use crate::{Summary, candidates, settle};
+use crate::{Found, Summary, candidates, clusters, settle, settle_against};
 
 struct Rng(u64);
 
@@ -165,4 +167,65 @@ fn content_behind_a_short_victim_stays_hidden() {
     assert_eq!((needs[0].clusters.clone(), needs[0].how), (2..8, How::Zero));
     let v2 = Target { zero_flag: false, ..target };
     assert_eq!(pull(v2, &top, &victim, &below)[0].how, How::Fill);
+}
+
+/// The layer as one with places, called `name`.
+fn placed(name: usize, cover: &Cover) -> Overlay {
+    let mut runs = RunList::new();
+    for (range, say) in cover.says() {
+        let mapping = if say == Say::Zero { Mapping::Zero } else { Mapping::Data(HostOffset(range.start)) };
+        runs.push(GuestOffset(range.start), range.end - range.start, mapping);
+    }
+    Overlay::of_runs(name, cover.size(), &runs)
+}
+
+#[test]
+fn rebasing_keeps_what_the_image_reads_and_leaves_a_common_ancestor_alone() {
+    let mut rng = Rng(11);
+    let mut untouched = 0;
+    for round in 0..20_000 {
+        let units = [8, 16, 32];
+        let mut unit = || units[usize::try_from(rng.below(3)).unwrap()];
+        let (top_unit, old_unit, new_unit, base_unit) = (unit(), unit(), unit(), unit());
+        let zero_flag = rng.below(2) == 0;
+        let (base, base_cover) = Layer::random(&mut rng, base_unit, true);
+        let (old, old_cover) = Layer::random(&mut rng, old_unit, true);
+        let (new, new_cover) = Layer::random(&mut rng, new_unit, true);
+        let (top, top_cover) = Layer::random(&mut rng, top_unit, zero_flag);
+        let view = |at| if at < top.size { read(&[&top, &old, &base], at) } else { 0 };
+
+        let target = Target { cluster_bits: top_unit.ilog2(), size: top.size, zero_flag };
+        let shared = placed(0, &base_cover);
+        let (from, to) = (placed(1, &old_cover).over(&shared), placed(2, &new_cover).over(&shared));
+        let needs = rebase(target, &top_cover, &from, &to);
+        let found = clusters(&needs).map(|c| {
+            let visible = target.bytes(c).start..target.bytes(c).end.min(top.size);
+            if visible.clone().all(|at| view(at) == read(&[&new, &base], at)) {
+                Found::Same
+            } else if visible.clone().all(|at| view(at) == 0) {
+                Found::Zero
+            } else {
+                Found::Data
+            }
+        });
+        let settled = settle_against(&needs, found.collect::<Vec<_>>());
+        let mut rebased = top.clone();
+        execute(&mut rebased, target, &settled, &view);
+        for at in 0..top.size {
+            assert_eq!(read(&[&rebased, &new, &base], at), view(at), "round {round}, byte {at}");
+        }
+        for c in clusters(&needs) {
+            assert!(!top_cover.touches(&target.bytes(c)), "its own clusters stay");
+        }
+        for c in 0..top.size.div_ceil(top_unit) {
+            let visible = target.bytes(c).start..target.bytes(c).end.min(top.size);
+            let says = |cover: &Cover| cover.touches(&visible) || visible.end > cover.size();
+            if !says(&old_cover) && !says(&new_cover) {
+                untouched += 1;
+                assert!(clusters(&needs).all(|n| n != c), "only the common ancestor answers there");
+            }
+        }
+        assert!(rebase(target, &top_cover, &from, &from).is_empty());
+    }
+    assert!(untouched > 5_000);
 }

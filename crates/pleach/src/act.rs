@@ -1,0 +1,50 @@
+//! What the verbs that carry out a plan have in common: show it, ask, run it, tell what happened.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use pleach_engine::{Error, ErrorKind, Prepared, Result, Watch, execute};
+use pleach_store::RealDisk;
+use serde_json::json;
+
+use crate::args::ActArgs;
+use crate::confirm::confirm;
+use crate::delete::View;
+use crate::output;
+use crate::progress::{Progress, Show};
+
+/// Lets this many threads do the work.
+pub(crate) fn start_jobs(jobs: Option<usize>) -> Result<()> {
+    let Some(jobs) = jobs else { return Ok(()) };
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(jobs)
+        .build_global()
+        .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))
+}
+
+/// Shows a plan, or asks and carries it out, as `args` say.
+pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &ActArgs) -> Result<ExitCode> {
+    if args.dry_run {
+        if args.json {
+            output::document(&json!({ "schema": 1, "plan": view.object(&prepared.plan, None) }));
+        } else {
+            output::print(&view.text(&prepared.plan));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !args.yes {
+        confirm(&view.text(&prepared.plan))?;
+    }
+    let plan = prepared.plan.clone();
+    let watch = Arc::new(Watch::new());
+    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let outcome = execute(&RealDisk, view.survey, prepared, &watch);
+    drop(progress);
+    let outcome = outcome?;
+    if args.json {
+        output::document(&json!({ "schema": 1, "plan": view.object(&plan, Some(outcome)) }));
+    } else {
+        output::print(&view.done(&plan, outcome));
+    }
+    Ok(ExitCode::SUCCESS)
+}
