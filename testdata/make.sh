@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Makes golden/: tiny qcow2 images by qemu-img and qemu-io, and beside each what QEMU says about it.
+# Makes golden/ and matrix/: tiny qcow2 images by qemu-img and qemu-io, and beside each what QEMU says about it.
 #
 #   make.sh           makes them anew
-#   make.sh --check   compares golden/ with what QEMU says about its images today, and with images made anew
+#   make.sh --check   compares both with what QEMU says about their images today, and with images made anew
 #
 # Contents are written in patterns that change every few sectors, so that a cluster read from a wrong place shows.
 set -euo pipefail
@@ -193,6 +193,104 @@ version_3_features() {
     io lazy-dirty "write -P 1 0 4k" "write -P 2 40k 2k" "flush" "abort" 2>/dev/null || true
 }
 
+# --- the matrix: every feature, version, cluster size and refcount width --------------------------------------------
+
+# feature NAME OPTIONS CLUSTER: an image of six clusters and a sector that has what the name says
+feature() {
+    local name=$1 options=$2 c=$3 size=$(($3 * 6 + 512)) half=$(($3 > 512 ? $3 / 2 : 512))
+    case ${name%%-*} in
+        data)
+            create "$name" $size "$options"
+            io "$name" "write -P 1 $half $c" "write -P 2 $((c + half)) 512" "write -P 3 $((c * 4)) $((c * 2))" \
+                "write -P 4 $((c * 6)) 512"
+            ;;
+        zero)
+            create "$name" $size "$options" -b base.raw -F raw
+            io "$name" "write -P 1 0 $((c * 4))" "write -z 0 $c" "write -z -u $c $c" "write -z $((c * 4 + half)) $half" \
+                "discard $((c * 2)) $c" "write -z $((c * 5)) $c"
+            ;;
+        preallocated)
+            create "$name" $size "$options,preallocation=metadata"
+            io "$name" "write -P 1 $half $c"
+            ;;
+        backing)
+            create "$name" $((size + c)) "$options" -b base.raw -F raw
+            io "$name" "write -P 1 $half 512" "write -P 2 $((c * 3)) $c"
+            ;;
+        compressed | zstd)
+            text numbers.tmp 1 $((c < 6000 ? c * 5 : 30000))
+            truncate -s $size numbers.tmp
+            [ ${name%%-*} = compressed ] || options=$options,compression_type=zstd
+            qemu-img convert -c -f raw -O qcow2 -o "$options" numbers.tmp "$name.qcow2"
+            rm numbers.tmp
+            # Half of a compressed cluster is overwritten, its neighbours in the same host cluster stay.
+            io "$name" "write -P 7 $c $half" "write -c -P 8 $((c * 5)) $c"
+            ;;
+        snapshot)
+            create "$name" $size "$options"
+            io "$name" "write -P 1 0 $((c * 3))"
+            qemu-img snapshot -c first "$name.qcow2"
+            io "$name" "write -P 2 $c $c" "write -P 3 $((c * 5)) $c"
+            ;;
+        bitmap)
+            create "$name" $size "$options"
+            qemu-img bitmap --add -g 512 "$name.qcow2" dirty
+            io "$name" "write -P 1 $c $half" "write -P 2 $((c * 5 + half)) 512"
+            ;;
+        lazy)
+            create "$name" $size "$options,lazy_refcounts=on"
+            io "$name" "write -P 1 0 $c" "write -P 2 $((c * 3 + half)) $c"
+            ;;
+        subclusters)
+            create "$name" $size "$options,extended_l2=on" -b base.raw -F raw
+            io "$name" "write -P 1 $half 512" "write -z $c $((c / 32))" "write -P 2 $((c * 2)) $c" \
+                "write -z -u $((c * 2)) $half" "discard $((c * 3)) $c" "write -z $((c * 4)) $c"
+            ;;
+        apart)
+            create "$name" $size "$options,data_file=$name.raw"
+            io "$name" "write -P 1 $half $c" "write -z $((c * 3)) $c"
+            ;;
+        apartraw)
+            create "$name" $size "$options,data_file=$name.raw,data_file_raw=on"
+            io "$name" "write -P 1 $half $c" "write -z $((c * 3)) $c"
+            ;;
+    esac
+}
+
+# features VERSION CLUSTER WIDTH FEATURE...
+features() {
+    local version=$1 cluster=$2 width=$3 compat=1.1 bytes feature
+    shift 3
+    [ $version = v3 ] || compat=0.10
+    bytes=$(numfmt --from=iec "${cluster^^}")
+    for feature in "$@"; do
+        # A width of 1 bit has no room for a cluster that two states share.
+        [ $width-$feature != 1-snapshot ] || continue
+        feature $feature-$version-$cluster-$width "compat=$compat,cluster_size=$cluster,refcount_bits=$width" "$bytes"
+    done
+}
+
+make_matrix() {
+    local old="data zero preallocated backing compressed snapshot" cluster width
+    local new="$old zstd bitmap lazy apart apartraw"
+    text base.raw 1 9000
+    for cluster in 512 4k; do
+        features v2 $cluster 16 $old
+        for width in 1 2 4 8 16 32 64; do
+            features v3 $cluster $width $new
+        done
+    done
+    for width in 1 16 64; do
+        features v3 16k $width subclusters
+        features v3 64k $width data snapshot compressed
+    done
+    features v2 64k 16 data snapshot compressed
+    features v3 64k 16 subclusters zstd
+    features v3 2M 16 data
+    fill_holes
+    describe_all
+}
+
 # --- what QEMU says about them ------------------------------------------------------------------------------------
 
 # Removes the members that change from run to run, and the comma that then ends an object.
@@ -211,9 +309,12 @@ digest() {
     rm content.tmp
 }
 
-# describe NAME: NAME.info.json, NAME.map.json, and NAME.sha256 with a line for the active state and each snapshot
+# describe NAME: NAME.info.json, NAME.map.json, NAME.check.json, and NAME.sha256 with a line for the active state and
+# each snapshot
 describe() {
     local name=$1 snapshot
+    # It fails where it finds something: that is in the file.
+    qemu-img check --output=json "$name.qcow2" >"$name.check.json" 2>/dev/null || true
     qemu-img info --output=json "$name.qcow2" | without_volatile >"$name.info.json"
     qemu-img map --output=json "$name.qcow2" >"$name.map.json"
     {
@@ -236,8 +337,19 @@ describe_all() {
     done
 }
 
-make() {
+# Fills the holes, which git does not keep: what `map` says of a preallocated cluster depends on them.
+fill_holes() {
     local file
+    for file in *.qcow2 *.raw; do
+        cp --sparse=never "$file" filled.tmp && mv filled.tmp "$file"
+        case $file in
+            lazy-dirty.qcow2 | *.raw) ;;
+            *) qemu-img check -q "$file" || { echo "$file does not pass qemu-img check" >&2; exit 1; } ;;
+        esac
+    done
+}
+
+make_golden() {
     versions_and_cluster_sizes
     refcount_widths
     backing_files
@@ -245,49 +357,43 @@ make() {
     compressed_clusters
     internal_snapshots
     version_3_features
-    for file in *.qcow2 *.raw; do
-        # Fill the holes, which git does not keep: what `map` says of a preallocated cluster depends on them.
-        cp --sparse=never "$file" filled.tmp && mv filled.tmp "$file"
-        case $file in
-            lazy-dirty.qcow2 | *.raw) ;;
-            *) qemu-img check -q "$file" || { echo "$file does not pass qemu-img check" >&2; exit 1; } ;;
-        esac
-    done
+    fill_holes
     describe_all
 }
 
-# compare NAME-OF-DIRECTORY: its descriptions against those of golden/
+# compare SET DIRECTORY WHAT: the descriptions in the directory against those that are stored
 compare() {
-    if diff -r -u -x '*.qcow2' -x '*.raw' "$golden" "$1"; then
+    if diff -r -u -x '*.qcow2' -x '*.raw' "$here/$1" "$2"; then
         return 0
     fi
-    echo "golden/ differs from what $(qemu-img --version | head -n 1) says about $2" >&2
+    echo "$1/ differs from what $(qemu-img --version | head -n 1) says about $3" >&2
     return 1
 }
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-golden=$here/golden
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-case ${1-} in
-    "")
-        mkdir "$work/new"
-        (cd "$work/new" && make)
-        rm -rf "$golden"
-        cp -r "$work/new" "$golden"
-        echo "made $(ls "$golden"/*.qcow2 | wc -l) images, $(du -sh --apparent-size "$golden" | cut -f 1)"
-        ;;
-    --check)
-        mkdir "$work/stored" "$work/new"
-        cp "$golden"/*.qcow2 "$golden"/*.raw "$work/stored"
-        (cd "$work/stored" && describe_all)
-        compare "$work/stored" "its images"
-        (cd "$work/new" && make)
-        compare "$work/new" "images made anew"
-        echo "golden/ agrees with $(qemu-img --version | head -n 1)"
-        ;;
-    *)
-        echo "usage: make.sh [--check]" >&2
-        exit 2
-        ;;
-esac
+for set in golden matrix; do
+    mkdir "$work/$set" && cd "$work/$set"
+    case ${1-} in
+        "")
+            make_$set
+            rm -rf "${here:?}/$set"
+            cp -r "$work/$set" "$here/$set"
+            echo "made $(ls "$here/$set"/*.qcow2 | wc -l) images, $(du -sh --apparent-size "$here/$set" | cut -f 1), in $set/"
+            ;;
+        --check)
+            cp "$here/$set"/*.qcow2 "$here/$set"/*.raw .
+            describe_all
+            compare $set "$work/$set" "its images"
+            rm -rf "${work:?}/$set" && mkdir "$work/$set" && cd "$work/$set"
+            make_$set
+            compare $set "$work/$set" "images made anew"
+            echo "$set/ agrees with $(qemu-img --version | head -n 1)"
+            ;;
+        *)
+            echo "usage: make.sh [--check]" >&2
+            exit 2
+            ;;
+    esac
+done

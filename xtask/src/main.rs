@@ -25,7 +25,11 @@ const TASKS: &[Task] = &[
     ("msrv", "nothing needs a newer Rust than Cargo.toml promises", msrv::msrv),
     ("fuzz", "fuzz [target|all] [seconds=60] [libFuzzer args]; alone: lists the targets", fuzz::fuzz),
     ("bench", "bench [criterion args]: all benches", bench),
-    ("testdata", "testdata [--check]: make testdata/golden with qemu-img, or compare with it", testdata),
+    (
+        "testdata",
+        "testdata [--check]: make the images of testdata with qemu-img, or compare with them",
+        testdata,
+    ),
     ("docs", "the API documentation, warnings denied", docs),
 ];
 

@@ -126,8 +126,16 @@ impl<'a> Side<'a> {
 #[derive(Clone)]
 struct Piece {
     range: Range<u64>,
-    /// The sides that do not read as zeros anyway.
-    read: [bool; 2],
+    reading: Reading,
+}
+
+/// What a stretch is read for.
+#[derive(Copy, Clone, PartialEq, Eq)]
+enum Reading {
+    /// Its bytes on the sides that do not read as zeros anyway.
+    Sides([bool; 2]),
+    /// Whether it can be read at all: both sides are the same bytes.
+    Whether,
 }
 
 fn compare_window(
@@ -153,8 +161,14 @@ fn compare_window(
             break;
         }
         let read = [!a_here.zero, !b_here.zero];
-        if read != [false, false] && !same_bytes(sides, &a_here, &b_here) {
-            add(&mut pieces, at..end, read);
+        let reading = match same_bytes(sides, &a_here, &b_here) {
+            _ if read == [false, false] => None,
+            false => Some(Reading::Sides(read)),
+            // What cannot be decompressed is equal to nothing.
+            true => a_here.compressed.then_some(Reading::Whether),
+        };
+        if let Some(reading) = reading {
+            add(&mut pieces, at..end, reading);
         }
         at = end;
         if pieces.len() >= BATCH {
@@ -183,16 +197,16 @@ fn same_bytes(sides: &[Side<'_>; 2], a: &Extent, b: &Extent) -> bool {
 }
 
 /// Adds a stretch in pieces of at most [`PIECE`], joined with what comes before where that is read alike.
-fn add(pieces: &mut Vec<Piece>, range: Range<u64>, read: [bool; 2]) {
+fn add(pieces: &mut Vec<Piece>, range: Range<u64>, reading: Reading) {
     let mut at = range.start;
     while at < range.end {
         // Pieces end at multiples, so that most reads are aligned.
         let end = ((at / PIECE + 1) * PIECE).min(range.end);
         match pieces.last_mut() {
-            Some(last) if last.range.end == at && last.read == read && !at.is_multiple_of(PIECE) => {
+            Some(last) if last.range.end == at && last.reading == reading && !at.is_multiple_of(PIECE) => {
                 last.range.end = end;
             }
-            _ => pieces.push(Piece { range: at..end, read }),
+            _ => pieces.push(Piece { range: at..end, reading }),
         }
         at = end;
     }
@@ -221,7 +235,7 @@ fn difference(sides: &[Side<'_>; 2], piece: &Piece, buffers: &mut [Buffer; 2]) -
     while at < piece.range.end {
         // Steps end at multiples, so that no compressed cluster is read twice.
         let end = ((at / step + 1) * step).min(piece.range.end);
-        if let Some(found) = difference_within(sides, at..end, piece.read, buffers)? {
+        if let Some(found) = difference_within(sides, at..end, piece.reading, buffers)? {
             return Ok(Some(found));
         }
         at = end;
@@ -232,10 +246,14 @@ fn difference(sides: &[Side<'_>; 2], piece: &Piece, buffers: &mut [Buffer; 2]) -
 fn difference_within(
     sides: &[Side<'_>; 2],
     range: Range<u64>,
-    read: [bool; 2],
+    reading: Reading,
     buffers: &mut [Buffer; 2],
 ) -> Result<Option<u64>> {
     let len = usize::try_from(range.end - range.start).unwrap_or(0);
+    let read = match reading {
+        Reading::Sides(read) => read,
+        Reading::Whether => [true, false],
+    };
     for ((side, buffer), read) in sides.iter().zip(&mut *buffers).zip(read) {
         if read {
             let path = side.chain.paths().first().map(|p| p.as_path()).unwrap_or_else(|| "".as_ref());
@@ -245,6 +263,7 @@ fn difference_within(
     let [a, b] = &*buffers;
     let (a, b) = (a.bytes(), b.bytes());
     let first = match read {
+        _ if reading == Reading::Whether => None,
         [true, true] if a == b => None,
         [true, true] => a.iter().zip(b).position(|(a, b)| a != b),
         [true, false] => nonzero(a),

@@ -7,7 +7,7 @@ use pleach_alloc::AllocError;
 use pleach_format::FormatError;
 use pleach_image::{ImageError, NameError};
 use pleach_lineage::LineageError;
-use pleach_store::LockError;
+use pleach_store::{LockError, NewFileError};
 
 /// What sort of failure it is; callers turn it into an exit code.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -114,6 +114,9 @@ impl Error {
         if let ImageError::Io { what, source } = source {
             return Self::io(what, path, source);
         }
+        if let ImageError::NewFile { path, source } = source {
+            return Self::new_file(&path, source);
+        }
         let kind = match &source {
             ImageError::Unsupported { .. } | ImageError::DataFile { .. } => ErrorKind::Unsupported,
             ImageError::NoSnapshot { .. } | ImageError::NoBitmap { .. } => ErrorKind::NotFound,
@@ -142,6 +145,26 @@ impl Error {
             error = error.caused(source);
         }
         error
+    }
+
+    /// Why the new file `path` is not there.
+    pub(crate) fn new_file(path: &Path, source: NewFileError) -> Self {
+        let text = source.to_string();
+        let kind = match &source {
+            NewFileError::NoName => ErrorKind::Usage,
+            NewFileError::InUse { .. } => ErrorKind::InUse,
+            _ => ErrorKind::Failed,
+        };
+        let error = Self::new(kind, text).at(path);
+        match source {
+            NewFileError::Io { what, source } => Self::io(what, path, source),
+            NewFileError::Exists => {
+                error.hint("nothing is overwritten; remove the file first, or choose another name")
+            }
+            NewFileError::InTheWay { .. } => error.hint("look at that file, and remove or rename it"),
+            NewFileError::InUse { .. } => error.hint("wait until that has ended"),
+            _ => error,
+        }
     }
 
     /// Following the backing file of `path` leads back to `back`.

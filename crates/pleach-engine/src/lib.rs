@@ -44,7 +44,6 @@ mod leaks;
 mod map;
 mod names;
 mod open;
-mod partial;
 mod rebase;
 mod repair;
 mod resume;

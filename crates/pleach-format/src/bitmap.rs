@@ -201,29 +201,9 @@ impl BitmapRecord {
         let mut records = Vec::new();
         let mut at = 0usize;
         for _ in 0..count {
-            let take = |from: usize, len: usize| {
-                let start = at.saturating_add(from);
-                bytes.get(start..start.saturating_add(len)).ok_or(FormatError::Truncated {
-                    structure: "bitmap directory",
-                    needed: start.saturating_add(len) as u64,
-                    have: bytes.len() as u64,
-                })
-            };
-            let fixed = take(0, 24)?;
-            let name_len = usize::from(be::u16(fixed, 18));
-            let extra_len = be::u32(fixed, 20) as usize;
-            let extra = take(24, extra_len)?.to_vec();
-            let name = take(24usize.saturating_add(extra_len), name_len)?.to_vec();
-            records.push(Self {
-                table_offset: be::u64(fixed, 0),
-                table_size: be::u32(fixed, 8),
-                flags: be::u32(fixed, 12),
-                kind: be::u8(fixed, 16),
-                granularity_bits: be::u8(fixed, 17),
-                extra,
-                name,
-            });
-            at = at.saturating_add((24 + extra_len + name_len).next_multiple_of(8));
+            let (record, len) = Self::parse(bytes, at)?;
+            records.push(record);
+            at = at.saturating_add(len.next_multiple_of(8));
         }
         if at != bytes.len() {
             return Err(FormatError::Invalid {
@@ -233,6 +213,40 @@ impl BitmapRecord {
             });
         }
         Ok(records)
+    }
+
+    /// The directory entry that `bytes` start with, and its length; the next one follows at a multiple of 8.
+    ///
+    /// # Errors
+    /// [`FormatError::Truncated`], with the bytes that are needed, counted from its start.
+    pub fn parse_entry(bytes: &[u8]) -> Result<(Self, usize), FormatError> {
+        Self::parse(bytes, 0)
+    }
+
+    fn parse(bytes: &[u8], at: usize) -> Result<(Self, usize), FormatError> {
+        let take = |from: usize, len: usize| {
+            let start = at.saturating_add(from);
+            bytes.get(start..start.saturating_add(len)).ok_or(FormatError::Truncated {
+                structure: "bitmap directory",
+                needed: start.saturating_add(len) as u64,
+                have: bytes.len() as u64,
+            })
+        };
+        let fixed = take(0, 24)?;
+        let name_len = usize::from(be::u16(fixed, 18));
+        let extra_len = be::u32(fixed, 20) as usize;
+        let extra = take(24, extra_len)?.to_vec();
+        let name = take(24usize.saturating_add(extra_len), name_len)?.to_vec();
+        let record = Self {
+            table_offset: be::u64(fixed, 0),
+            table_size: be::u32(fixed, 8),
+            flags: be::u32(fixed, 12),
+            kind: be::u8(fixed, 16),
+            granularity_bits: be::u8(fixed, 17),
+            extra,
+            name,
+        };
+        Ok((record, 24 + extra_len + name_len))
     }
 }
 

@@ -114,6 +114,15 @@ impl SnapshotRecord {
         Ok(())
     }
 
+    /// The entry that `bytes` start with, and its length; the next one follows at a multiple of 8.
+    ///
+    /// # Errors
+    /// [`FormatError::Truncated`], with the bytes that are needed, counted from its start; [`FormatError::OutOfRange`] for
+    /// oversized extra data.
+    pub fn parse_entry(bytes: &[u8]) -> Result<(Self, usize), FormatError> {
+        Self::parse(bytes, 0)
+    }
+
     fn parse(bytes: &[u8], at: usize) -> Result<(Self, usize), FormatError> {
         let take = |from: usize, len: usize| {
             let start = at.saturating_add(from);

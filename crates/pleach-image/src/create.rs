@@ -8,7 +8,7 @@ use pleach_format::{
     BackingFile, CompressionType, DataFile, FormatError, Geometry, HostOffset, L1Entry, L2Entry, NewHeader,
     RefcountWidth, Version,
 };
-use pleach_store::{Disk, Store};
+use pleach_store::{Disk, NewFile, Store};
 
 use crate::ImageError;
 
@@ -101,83 +101,26 @@ pub fn create(disk: &dyn Disk, path: &Path, options: &CreateOptions) -> Result<(
             other: "the same name for its data",
         }));
     }
-    let data =
-        data.map(|data| NewFile::write(disk, data, |store| layout.write_data_file(store))).transpose()?;
-    let image = NewFile::write(disk, path, |store| layout.write(store))?;
+    let new = |path: &Path| {
+        let file = NewFile::create(disk, path);
+        file.map_err(|source| ImageError::NewFile { path: path.to_owned(), source })
+    };
+    let fill = |file: &NewFile<'_>, write: &dyn Fn(&dyn Store) -> io::Result<()>| {
+        write(&**file.store()).map_err(ImageError::io("write the new image"))?;
+        file.store().barrier().map_err(ImageError::io("flush the new image"))
+    };
+    let data = data.map(new).transpose()?;
     if let Some(data) = &data {
-        data.link()?;
+        fill(data, &|store| layout.write_data_file(store))?;
+    }
+    let image = new(path)?;
+    fill(&image, &|store| layout.write(store))?;
+    let published = match data {
         // The image must not get its name before the file that it names.
-        data.sync_dir()?;
-    }
-    if let Err(error) = image.link() {
-        if let Some(data) = &data {
-            data.take_back();
-        }
-        return Err(error);
-    }
-    // Both have their names: the others go.
-    let removed = data.map_or(Ok(()), NewFile::finish);
-    image.finish().and(removed)
-}
-
-/// A file that is written under another name, `.NAME.partial` beside its own, before it gets that.
-struct NewFile<'a> {
-    disk: &'a dyn Disk,
-    path: &'a Path,
-    partial: PathBuf,
-    finished: bool,
-}
-
-impl<'a> NewFile<'a> {
-    /// Writes the file and makes it durable.
-    fn write(
-        disk: &'a dyn Disk,
-        path: &'a Path,
-        write: impl FnOnce(&dyn Store) -> io::Result<()>,
-    ) -> Result<Self, ImageError> {
-        let mut name = OsString::from(".");
-        name.push(path.file_name().unwrap_or_default());
-        name.push(".partial");
-        let partial = path.with_file_name(name);
-        if disk.stat(&partial).is_ok() {
-            disk.unlink(&partial).map_err(ImageError::io("remove an old partial file"))?;
-        }
-        let store = disk.create_new(&partial).map_err(ImageError::io("create the file"))?;
-        let file = Self { disk, path, partial, finished: false };
-        write(&*store).map_err(ImageError::io("write the new image"))?;
-        store.barrier().map_err(ImageError::io("flush the new image"))?;
-        Ok(file)
-    }
-
-    /// Gives the file its name, if that is free.
-    fn link(&self) -> Result<(), ImageError> {
-        self.disk.link(&self.partial, self.path).map_err(ImageError::io("give the new image its name"))
-    }
-
-    /// Takes the file's name away again.
-    fn take_back(&self) {
-        // What made this necessary is what the caller reports.
-        let _ = self.disk.unlink(self.path);
-    }
-
-    fn sync_dir(&self) -> Result<(), ImageError> {
-        let dir = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.disk.sync_dir(dir).map_err(ImageError::io("flush the directory"))
-    }
-
-    fn finish(mut self) -> Result<(), ImageError> {
-        self.finished = true;
-        self.disk.unlink(&self.partial).map_err(ImageError::io("remove the partial file"))?;
-        self.sync_dir()
-    }
-}
-
-impl Drop for NewFile<'_> {
-    fn drop(&mut self) {
-        if !self.finished {
-            let _ = self.disk.unlink(&self.partial);
-        }
-    }
+        Some(data) => NewFile::publish_both(data, image),
+        None => image.publish(),
+    };
+    published.map_err(|source| ImageError::NewFile { path: path.to_owned(), source })
 }
 
 /// Whether two names that nothing may have yet are the same.
@@ -446,7 +389,7 @@ fn pointers(chunk: &mut [u8], word: impl Fn(u64) -> u64) {
 
 #[cfg(test)]
 mod tests {
-    use pleach_store::{Access, RealDisk};
+    use pleach_store::{Access, NewFileError, RealDisk};
 
     use super::*;
     use crate::check;
@@ -514,7 +457,7 @@ mod tests {
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), n, "no partial file is left");
         let again = create(&RealDisk, &dir.path().join("1"), &CreateOptions::default());
-        assert!(matches!(again, Err(ImageError::Io { .. })));
+        assert!(matches!(again, Err(ImageError::NewFile { source: NewFileError::Exists, .. })));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), n);
     }
 }

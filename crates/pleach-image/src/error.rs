@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use pleach_alloc::AllocError;
 use pleach_format::FormatError;
+use pleach_store::NewFileError;
 
 /// An image that cannot be read or changed, and why. The caller knows the file's name and adds it.
 #[derive(Debug, thiserror::Error)]
@@ -147,6 +148,14 @@ pub enum ImageError {
     /// A write failed before, so nobody knows what the file holds: open the image again.
     #[error("an earlier write to the image failed; open it again")]
     Failed,
+    /// A new file could not be made, or not be given its name.
+    #[error("cannot make \"{}\"", .path.display())]
+    NewFile {
+        /// Its name.
+        path: PathBuf,
+        /// Why.
+        source: NewFileError,
+    },
     /// Another layer of the chain is the one that cannot be read.
     #[error("{}: {source}", .path.display())]
     InLayer {

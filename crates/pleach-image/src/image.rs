@@ -5,9 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pleach_format::{
-    BitmapRecord, CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset,
-    Header, HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList,
-    SnapshotRecord,
+    CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset, Header,
+    HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList, SnapshotRecord,
 };
 use pleach_store::{Store, Window};
 use smallvec::SmallVec;
@@ -531,22 +530,6 @@ impl Image {
         Ok(self.window.get_or_init(|| window))
     }
 
-    /// The internal snapshots of an image whose header is known, in table order.
-    ///
-    /// # Errors
-    /// A table that breaks the format or lies outside the file.
-    pub fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
-        read_snapshots(store, header)
-    }
-
-    /// The internal snapshots, in table order.
-    ///
-    /// # Errors
-    /// As [`read_snapshots`](Self::read_snapshots).
-    pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, ImageError> {
-        read_snapshots(&*self.store, self.header())
-    }
-
     /// The L1 table of an internal snapshot, and the size of its disk.
     ///
     /// # Errors
@@ -586,22 +569,6 @@ impl Image {
         self.store.read_at(pointer.offset.0, &mut bytes).map_err(ImageError::io("read the LUKS header"))?;
         LuksHeader::parse(&bytes).map(Some).map_err(ImageError::format("LUKS header", Some(pointer.offset.0)))
     }
-
-    /// The persistent bitmaps; none if the extension is not consistent (autoclear bit 0).
-    ///
-    /// # Errors
-    /// A directory that breaks the format or lies outside the file.
-    pub fn bitmaps(&self) -> Result<Vec<BitmapRecord>, ImageError> {
-        let bad = |source| ImageError::Format { structure: "bitmaps extension", offset: None, source };
-        let Some(extension) = self.header().bitmaps().map_err(bad)? else { return Ok(Vec::new()) };
-        let len = self.store.len().map_err(ImageError::io("find the file's length"))?;
-        let (offset, bytes) = (extension.directory_offset, extension.directory_size);
-        check_inside("bitmap directory", offset, bytes, len, self.geometry())?;
-        let mut directory = vec![0; usize::try_from(bytes).unwrap_or(0)];
-        self.store.read_at(offset, &mut directory).map_err(ImageError::io("read the bitmap directory"))?;
-        BitmapRecord::parse_directory(&directory, extension.count)
-            .map_err(ImageError::format("bitmap directory", Some(offset)))
-    }
 }
 
 /// The snapshot with the id `wanted` or, if there is none, with that name.
@@ -639,27 +606,6 @@ impl std::ops::Deref for Table<'_> {
         match self {
             Self::Shared(bytes) => bytes,
             Self::Edited(bytes) => bytes,
-        }
-    }
-}
-
-/// Reads the internal snapshots of an image whose header is known.
-fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
-    let (count, offset) = (header.nb_snapshots(), header.snapshots_offset().0);
-    if count == 0 {
-        return Ok(Vec::new());
-    }
-    let file = store.len().map_err(ImageError::io("find the file's length"))?;
-    check_inside("snapshot table", offset, 40 * u64::from(count), file, header.geometry())?;
-    // The table's length is not stored: read up to what it may be, within the file.
-    let most = (file - offset.min(file)).min(SnapshotRecord::MAX_TABLE);
-    let mut len = (256 * u64::from(count)).clamp(4096, most.max(4096)).min(most);
-    loop {
-        let mut table = vec![0; usize::try_from(len).unwrap_or(0)];
-        store.read_at(offset, &mut table).map_err(ImageError::io("read the snapshot table"))?;
-        match SnapshotRecord::parse_table(&table, count) {
-            Err(FormatError::Truncated { needed, .. }) if len < most => len = needed.max(2 * len).min(most),
-            other => return other.map_err(ImageError::format("snapshot table", Some(offset))),
         }
     }
 }

@@ -36,6 +36,7 @@ mod image;
 mod medium;
 mod names;
 mod publish;
+mod records;
 mod repair;
 mod states;
 mod status;

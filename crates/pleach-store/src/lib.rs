@@ -29,6 +29,7 @@ mod disk;
 mod file;
 mod lock;
 mod map;
+mod new_file;
 
 use std::fs::File;
 use std::io;
@@ -38,6 +39,7 @@ pub use disk::{Access, Disk, FileId, FileKind, RealDisk, Stat};
 pub use file::FileStore;
 pub use lock::{LockError, Role};
 pub use map::{Sector, Window, patch};
+pub use new_file::{NewFile, NewFileError};
 
 /// One open file.
 ///

@@ -36,9 +36,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
                 failed.get_or_insert(output::exit_code(error.kind));
                 worst = worst.max(if error.kind == ErrorKind::Corrupt { ERRORS } else { 0 });
                 if args.json {
-                    documents.push(
-                        json!({ "filename": path.display().to_string(), "error": output::object(&error) }),
-                    );
+                    documents.push(without_figures(path, &error));
                 } else {
                     output::report(&error);
                 }
@@ -201,6 +199,16 @@ fn document(path: &Path, checked: &Checked) -> Value {
         }
     }
     document
+}
+
+/// An image that could not be looked at: it has no figures.
+fn without_figures(path: &Path, error: &Error) -> Value {
+    json!({
+        "filename": path.display().to_string(), "dirty": null, "errors": null, "leaks": null, "errors_fixed": 0,
+        "leaks_fixed": 0, "allocated_clusters": null, "compressed_clusters": null, "fragmented_clusters": null,
+        "total_clusters": null, "image_end_offset": null, "findings": [], "more_findings": 0,
+        "error": output::object(error),
+    })
 }
 
 fn lines(findings: &[Finding]) -> String {

@@ -8,9 +8,9 @@ use pleach_engine::{Error, Result};
 use pleach_format::{
     Autoclear, BitmapRecord, Compatible, Header, Incompatible, LuksHeader, SnapshotRecord, Version,
 };
-use pleach_image::{Image, escape};
+use pleach_image::{Image, ImageError, escape};
 use pleach_store::{Access, Disk, FileKind, RealDisk, Role};
-use serde::ser::{Serialize, SerializeMap, Serializer};
+use serde::ser::{Error as _, Serialize, SerializeMap, SerializeSeq, Serializer};
 use serde_json::{Value, json};
 
 use crate::args::InfoArgs;
@@ -36,12 +36,17 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
             chain(path, args, &mut images)?;
         }
     }
+    // What cannot be read to its end leaves no half of an output.
+    let mut out = output::Spool::new();
     if args.json {
-        output::stream(&Document { images });
+        out.add_json(&Document { images })?;
     } else {
-        let texts: Vec<String> = images.iter().map(|image| text(image, args.bytes)).collect();
-        output::print(&texts.join("\n"));
+        for (n, image) in images.iter().enumerate() {
+            out.add(format_args!("{}", if n > 0 { "\n" } else { "" }))?;
+            text(image, args.bytes, &mut out)?;
+        }
     }
+    out.print()?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -83,14 +88,15 @@ fn describe(path: &Path, format: Option<&str>, args: &InfoArgs) -> Result<Descri
         })));
     }
     let image = Image::open(store).map_err(|e| Error::image(path, e))?;
-    qcow2(path, &image, stat.allocated)
+    qcow2(path, image, stat.allocated)
 }
 
-fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Described> {
+fn qcow2(path: &Path, image: Image, allocated: u64) -> Result<Described> {
     let header = image.header();
     let wrap = |e| Error::image(path, e);
-    let snapshots = image.snapshots().map_err(wrap)?;
-    let bitmaps = image.bitmaps().map_err(wrap)?;
+    // What is wrong with the lists is told here.
+    image.each_snapshot().and_then(|mut all| all.try_for_each(|s| s.map(drop))).map_err(wrap)?;
+    image.each_bitmap().and_then(|mut all| all.try_for_each(|b| b.map(drop))).map_err(wrap)?;
     let backing = header.backing();
     let full = backing.map(|b| match pleach_image::backing_path(path, &b.name) {
         Ok(full) => full.display().to_string(),
@@ -117,24 +123,32 @@ fn qcow2(path: &Path, image: &Image, allocated: u64) -> Result<Described> {
         "snapshots": [],
         "bitmaps": [],
     });
-    Ok(Described { value, snapshots, bitmaps })
+    Ok(Described { value, image: Some(image) })
 }
 
-/// What is known of one image. The lists are turned into JSON an entry at a time: a hostile image has many.
+/// What is known of one image. Of the lists only one entry at a time is in memory: a hostile image has many.
 struct Described {
     /// All but the lists, which are empty here.
     value: Value,
-    snapshots: Vec<SnapshotRecord>,
-    bitmaps: Vec<BitmapRecord>,
+    /// What has the lists; `None` for a raw image.
+    image: Option<Image>,
 }
 
 impl From<Value> for Described {
     fn from(value: Value) -> Self {
-        Self { value, snapshots: Vec::new(), bitmaps: Vec::new() }
+        Self { value, image: None }
     }
 }
 
 impl Described {
+    fn snapshots(&self) -> Result<impl Iterator<Item = Result<SnapshotRecord, ImageError>>, ImageError> {
+        Ok(self.image.as_ref().map(Image::each_snapshot).transpose()?.into_iter().flatten())
+    }
+
+    fn bitmaps(&self) -> Result<impl Iterator<Item = Result<BitmapRecord, ImageError>>, ImageError> {
+        Ok(self.image.as_ref().map(Image::each_bitmap).transpose()?.into_iter().flatten())
+    }
+
     fn snapshot(&self, s: &SnapshotRecord) -> Value {
         let size =
             s.disk_size.map_or_else(|| self.value.get("virtual_size").cloned(), |size| Some(size.into()));
@@ -178,9 +192,9 @@ impl Serialize for Described {
         for (key, value) in self.value.as_object().into_iter().flatten() {
             match key.as_str() {
                 "snapshots" => {
-                    object.serialize_entry(key, &List(self.snapshots.iter(), |s| self.snapshot(s)))?
+                    object.serialize_entry(key, &List(|| self.snapshots(), |s| self.snapshot(&s)))?
                 }
-                "bitmaps" => object.serialize_entry(key, &List(self.bitmaps.iter(), bitmap))?,
+                "bitmaps" => object.serialize_entry(key, &List(|| self.bitmaps(), |b| bitmap(&b)))?,
                 _ => object.serialize_entry(key, value)?,
             }
         }
@@ -188,12 +202,21 @@ impl Serialize for Described {
     }
 }
 
-/// A list whose entries are made one after the other.
-struct List<'a, T, F: Fn(&T) -> Value>(std::slice::Iter<'a, T>, F);
+/// A list whose entries are read and turned into JSON one after the other.
+struct List<F, G>(F, G);
 
-impl<T, F: Fn(&T) -> Value> Serialize for List<'_, T, F> {
+impl<T, I, F, G> Serialize for List<F, G>
+where
+    I: Iterator<Item = Result<T, ImageError>>,
+    F: Fn() -> Result<I, ImageError>,
+    G: Fn(T) -> Value,
+{
     fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
-        out.collect_seq(self.0.clone().map(&self.1))
+        let mut list = out.serialize_seq(None)?;
+        for entry in self.0().map_err(S::Error::custom)? {
+            list.serialize_element(&self.1(entry.map_err(S::Error::custom)?))?;
+        }
+        list.end()
     }
 }
 
@@ -255,10 +278,9 @@ fn date(seconds: u32, nanoseconds: u32) -> Option<String> {
 }
 
 /// The same as lines for people; what is absent has no line.
-fn text(described: &Described, exact: bool) -> String {
+fn text(described: &Described, exact: bool, out: &mut output::Spool) -> Result<()> {
     let image = &described.value;
-    let mut out = String::new();
-    let mut line = |key: &str, value: String| out.push_str(&format!("{key}: {value}\n"));
+    let mut line = |key: &str, value: String| out.add(format_args!("{key}: {value}\n"));
     let bytes = |key: &str| image.get(key).and_then(Value::as_u64).map(|v| size::show(v, exact));
     let plain = |key: &str| match image.get(key) {
         Some(Value::String(text)) => Some(text.clone()),
@@ -282,26 +304,30 @@ fn text(described: &Described, exact: bool) -> String {
     ];
     for (key, value) in rows {
         if let Some(value) = value {
-            line(key, value);
+            line(key, value)?;
         }
     }
     for (key, word) in image.get("features").and_then(Value::as_object).into_iter().flatten() {
         let names: Vec<&str> = word.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         if !names.is_empty() {
-            line(&format!("{key} features"), names.join(", "));
+            line(&format!("{key} features"), names.join(", "))?;
         }
     }
-    for s in &described.snapshots {
+    let path = image.get("filename").and_then(Value::as_str).unwrap_or_default();
+    let wrap = |e| Error::image(Path::new(path), e);
+    for s in described.snapshots().map_err(wrap)? {
+        let s = s.map_err(wrap)?;
         let vm = s.vm_state_size;
         let state = if vm > 0 { format!(", VM state {}", size::show(vm, exact)) } else { String::new() };
         let date = date(s.date_seconds, s.date_nanoseconds).unwrap_or_else(|| "-".to_owned());
-        line("snapshot", format!("#{} \"{}\", {date}{state}", escape(&s.id), escape(&s.name)));
+        line("snapshot", format!("#{} \"{}\", {date}{state}", escape(&s.id), escape(&s.name)))?;
     }
-    for b in &described.bitmaps {
+    for b in described.bitmaps().map_err(wrap)? {
+        let b = b.map_err(wrap)?;
         let granularity = 1u64.checked_shl(b.granularity_bits.into()).unwrap_or(0);
         let what = format!("\"{}\", {} a bit", escape(&b.name), size::show(granularity, exact));
-        let flags = flags(b);
-        line("bitmap", if flags.is_empty() { what } else { format!("{what}, {}", flags.join(", ")) });
+        let flags = flags(&b);
+        line("bitmap", if flags.is_empty() { what } else { format!("{what}, {}", flags.join(", ")) })?;
     }
-    out
+    Ok(())
 }

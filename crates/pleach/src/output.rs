@@ -22,7 +22,7 @@ pub(crate) fn print(text: &str) {
 
 /// Writes one JSON document to stdout.
 pub(crate) fn document(value: &Value) {
-    print(&format!("{value:#}\n"));
+    stream(value);
 }
 
 /// Text too long for memory, kept aside until it is known that all of it can be printed.
@@ -33,6 +33,16 @@ impl Spool {
     /// Nothing yet.
     pub(crate) fn new() -> Self {
         Self(SpooledTempFile::new(SPOOL_BYTES))
+    }
+
+    /// Adds a JSON document.
+    pub(crate) fn add_json(&mut self, value: &impl Serialize) -> Result<()> {
+        let mut out = BufWriter::new(&mut self.0);
+        serde_json::to_writer_pretty(&mut out, value)
+            .map_err(Into::into)
+            .and_then(|()| out.write_all(b"\n"))
+            .and_then(|()| out.flush())
+            .map_err(Self::failed)
     }
 
     /// Adds to the text.

@@ -27,8 +27,8 @@ const WORKING: u64 = 256 << 20;
 const OUTPUT: u64 = 16 << 20;
 /// Outputs longer than this are judged by their blocks only.
 const COMPARED: u64 = 4 << 20;
-/// Cases that the verbs which read or repair do not yet take as they should; all other rules hold for them.
-const OPEN: &[&str] = &["l1-itself"];
+/// Of so many cases one goes through the verbs that read all and repair, unless all do.
+const SAMPLE: usize = 12;
 /// The documented exit codes that an image can lead to.
 const CODES: [i32; 9] = [0, 1, 2, 3, 4, 5, 6, 7, 8];
 
@@ -88,9 +88,7 @@ fn hostile_images_do_no_harm() {
                 loop {
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     let Some(case) = cases.get(index) else { break };
-                    let found =
-                        Run::of(case, all && !case.slow && !OPEN.contains(&case.name.as_str()), &work, &tool)
-                            .problems;
+                    let found = Run::of(case, all || index % SAMPLE == 0, &work, &tool).problems;
                     problems.lock().unwrap().extend(found.into_iter().map(|p| format!("{}: {p}", case.name)));
                 }
             });
@@ -203,8 +201,7 @@ impl<'a> Run<'a> {
     fn judge_read(&mut self, verb: &Verb, outcome: &Outcome, meant: Option<Digest>) {
         let wrong = match self.expect.read {
             Read::Right => outcome.code != Some(0) && meant.is_some(),
-            // What is compared with itself need not be read.
-            Read::Refused => outcome.code == Some(0) && verb.words[0] == "convert",
+            Read::Refused => outcome.code == Some(0) && matches!(verb.words[0], "compare" | "convert"),
             Read::RightOrRefused | Read::Any => false,
         };
         if wrong {

@@ -13,9 +13,8 @@ use std::path::Path;
 
 use pleach_format::NewHeader;
 use pleach_image::{Bulk, Chain, Compressor, CreateOptions, ImageError, Piecework, Preallocation};
-use pleach_store::{Disk, Store};
+use pleach_store::{Disk, NewFile, Store};
 
-use crate::partial::Partial;
 use crate::{Error, ErrorKind, Result, Watch};
 use batch::{Batch, Fill, Look};
 use extents::Extents;
@@ -88,7 +87,7 @@ fn to_raw(
 ) -> Result<Converted> {
     let size = source.size();
     space::check(disk, source, out, size, takes_space(preallocation))?;
-    let partial = Partial::create(disk, out)?;
+    let partial = new_file(disk, out)?;
     let store = &**partial.store();
     let io = |what: &'static str| move |e| Error::io(what, out, e);
     store.set_len(size).map_err(io("make the file as long as the disk"))?;
@@ -107,7 +106,7 @@ fn to_raw(
         },
     )?;
     store.barrier().map_err(io("flush the file"))?;
-    partial.publish()?;
+    partial.publish().map_err(|e| Error::new_file(out, e))?;
     Ok(Converted { virtual_size: size, file_size: size, written })
 }
 
@@ -128,9 +127,8 @@ fn to_qcow2(
         space::check(disk, source, out, most, takes_space(image.options.preallocation))?;
     }
 
-    let partial = Partial::create(disk, out)?;
-    let data_partial =
-        image.options.data_file.as_ref().map(|d| Partial::create(disk, &d.path)).transpose()?;
+    let partial = new_file(disk, out)?;
+    let data_partial = image.options.data_file.as_ref().map(|d| new_file(disk, &d.path)).transpose()?;
     let store = &**partial.store();
     let io = |what: &'static str| move |e| Error::io(what, out, e);
     let wrap = |e: ImageError| Error::image(out, e);
@@ -180,11 +178,16 @@ fn to_qcow2(
     store.write_at(0, &head).map_err(io("write the header"))?;
     // The image must be whole before it has its name, and its data file must be there before.
     store.barrier().map_err(io("flush the header"))?;
-    if let Some(data) = data_partial {
-        data.publish()?;
-    }
-    partial.publish()?;
+    let published = match data_partial {
+        Some(data) => NewFile::publish_both(data, partial),
+        None => partial.publish(),
+    };
+    published.map_err(|e| Error::new_file(out, e))?;
     Ok(Converted { virtual_size: size, file_size: finished.len, written })
+}
+
+fn new_file<'a>(disk: &'a dyn Disk, path: &Path) -> Result<NewFile<'a>> {
+    NewFile::create(disk, path).map_err(|e| Error::new_file(path, e))
 }
 
 impl<'a> NewImage<'a> {

@@ -46,6 +46,8 @@ pub(crate) enum Stage {
 struct State {
     sectors: Arc<BTreeMap<u64, Sector>>,
     len: u64,
+    /// Fresh clusters start here or later.
+    fresh_from: u64,
     stages: BTreeMap<Stage, Vec<Write>>,
 }
 
@@ -60,7 +62,7 @@ pub(crate) struct Draft {
 impl Draft {
     pub(crate) fn new(below: Arc<dyn Store>) -> Result<Self, ImageError> {
         let below_len = below.len().map_err(ImageError::io("find the file's length"))?;
-        let state = State { sectors: Arc::default(), len: below_len, stages: BTreeMap::new() };
+        let state = State { sectors: Arc::default(), len: below_len, fresh_from: 0, stages: BTreeMap::new() };
         Ok(Self { below, below_len, state: Mutex::new(state) })
     }
 
@@ -78,10 +80,22 @@ impl Draft {
         self.state().sectors.len() * 512
     }
 
-    /// `clusters` clusters behind everything that the file has or will have; returns where they start.
+    /// Keeps fresh clusters out of everything before `end`, which may lie behind the end of the file.
+    pub(crate) fn keep_clear(&self, end: u64) {
+        let mut state = self.state();
+        state.fresh_from = state.fresh_from.max(end);
+    }
+
+    /// What was at `offset` before the repair; what the repair put there, if that lies behind the end of the file.
+    pub(crate) fn read_original(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if offset < self.below_len { self.below.read_at(offset, buf) } else { self.read_at(offset, buf) }
+    }
+
+    /// `clusters` clusters behind everything that the file has or will have, and behind what is kept clear; returns where
+    /// they start.
     pub(crate) fn fresh(&self, clusters: u64, cluster_size: u64) -> Result<u64, ImageError> {
         let mut state = self.state();
-        let start = state.len.checked_next_multiple_of(cluster_size);
+        let start = state.len.max(state.fresh_from).checked_next_multiple_of(cluster_size);
         let end = start.zip(clusters.checked_mul(cluster_size)).and_then(|(s, n)| s.checked_add(n));
         match (start, end.filter(|&e| e < 1 << 56)) {
             (Some(start), Some(end)) => {

@@ -22,6 +22,15 @@ pub(crate) fn clusters(g: Geometry, offset: u64, len: u64) -> RangeInclusive<u64
     g.host_cluster(HostOffset(offset)).0..=g.host_cluster(HostOffset(last)).0
 }
 
+/// Keeps new clusters behind all that is counted: a compressed entry may claim a part of the cluster behind the end of
+/// the file, which is then not free.
+pub(crate) fn keep_claims_clear(repairer: &Repairer) -> Result<(), ImageError> {
+    let image = repairer.image()?;
+    let end = walk(&image, &mut |_| Ok(()))?.census.end();
+    repairer.draft.keep_clear(image.geometry().host_offset(HostCluster(end)).0);
+    Ok(())
+}
+
 /// Copies guest data out of clusters that are also a table, that another guest cluster uses although nothing counts it,
 /// or that more entries lead to than can be counted. States share what is at the same place of the disk: that stays.
 ///
@@ -121,7 +130,7 @@ fn moved(
         let at = repairer.copy(offset, g.cluster_size(), g.cluster_size())?;
         return Ok((owned(at), format!("it gets a copy of its own at {at:#x}; the guest reads the same")));
     }
-    if let Some(data) = unpacked(image, judge, raw) {
+    if let Some(data) = unpacked(repairer, image, judge, raw) {
         let at = repairer.place(&data, g.cluster_size())?;
         let mut bytes = owned(at);
         if g.extended_l2() {
@@ -138,10 +147,10 @@ fn moved(
     Ok((bytes, verdict.message))
 }
 
-fn unpacked(image: &Image, judge: &Judge, raw: L2Entry) -> Option<Vec<u8>> {
+fn unpacked(repairer: &Repairer, image: &Image, judge: &Judge, raw: L2Entry) -> Option<Vec<u8>> {
     let Ok(Mapping::Compressed(extent)) = raw.decode(judge.geometry, judge.version) else { return None };
     let mut packed = vec![0; usize::try_from(extent.bytes).ok()?];
-    image.store().read_at(extent.offset.0, &mut packed).ok()?;
+    repairer.draft.read_original(extent.offset.0, &mut packed).ok()?;
     let mut data = vec![0; judge.geometry.cluster_bytes()];
     let whole = match image.header().compression() {
         CompressionType::Deflate => codec::inflate(&packed, &mut data),

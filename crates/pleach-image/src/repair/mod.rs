@@ -200,6 +200,7 @@ fn first_look(store: &Arc<dyn Store>) -> Result<CheckReport, ImageError> {
 /// Mends what can be mended, from the header down.
 fn everything(repairer: &mut Repairer) -> Result<(), ImageError> {
     roots::mend(repairer)?;
+    links::keep_claims_clear(repairer)?;
     let kept = snapshots::mend(repairer)?;
     let mut roles = pointers::separate_tables(repairer, kept)?;
     // Guest data that lie in a table are copied before anything in that table is mended.
@@ -306,11 +307,13 @@ impl Repairer {
         self.copied.saturating_add(bytes) <= MAX_COPIED
     }
 
-    /// A copy of `len` bytes at `offset` in fresh clusters; returns where it is.
+    /// A copy of the `len` bytes that were at `offset` before the repair in fresh clusters; returns where it is. Where a
+    /// table is also data, the guest reads what the table was.
     fn copy(&mut self, offset: u64, len: u64, cluster_size: u64) -> Result<u64, ImageError> {
         let mut bytes = vec![0; usize::try_from(len.next_multiple_of(cluster_size)).unwrap_or(0)];
         let wanted = usize::try_from(len).unwrap_or(0).min(bytes.len());
-        self.read(offset, bytes.get_mut(..wanted).unwrap_or(&mut []))?;
+        let part = bytes.get_mut(..wanted).unwrap_or(&mut []);
+        self.draft.read_original(offset, part).map_err(ImageError::io("read the image"))?;
         self.place(&bytes, cluster_size)
     }
 

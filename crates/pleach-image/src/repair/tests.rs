@@ -217,3 +217,18 @@ fn undo_refuses_an_image_that_was_written_to_since() {
     }
     undo(&*medium, &*undo_file).unwrap();
 }
+
+/// A find of fuzzing: new refcount blocks came to lie where a compressed entry reaches behind the end of the file.
+#[test]
+fn what_is_claimed_behind_the_end_stays_clear_of_new_clusters() {
+    let path =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/hostile/compressed-claim-behind-the-end.qcow2");
+    let medium = Medium::new(std::fs::read(path).unwrap());
+    let plan = repair(&(Arc::clone(&medium) as Arc<dyn Store>), RepairMode::All).unwrap();
+    assert!(plan.before.errors > 0 && plan.bytes_written() > 0);
+    assert_eq!((plan.after.errors, plan.after.leaks), (0, 0), "{:?}", plan.after.findings);
+    let report = check(&Image::open(Medium::new(medium.bytes())).unwrap()).unwrap();
+    assert_eq!(report, plan.after);
+    let again = plan_repair(&(medium as Arc<dyn Store>), RepairMode::All).unwrap();
+    assert!(again.is_empty(), "{:?}", again.actions);
+}

@@ -3,10 +3,11 @@
 use std::fs;
 use std::path::Path;
 
-use super::{Case, Expect, IMAGE};
+use super::{Case, DAMAGED, Expect, IMAGE};
 
 /// Name of a file of `testdata/hostile` without its end, and what a careful tool does with it.
-const FINDS: &[(&str, Expect)] = &[];
+const FINDS: &[(&str, Expect)] =
+    &[("compressed-claim-behind-the-end", DAMAGED), ("leaks-beside-a-reserved-bit", DAMAGED)];
 
 pub(super) fn cases() -> Vec<Case> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata/hostile");
