@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pleach_lineage::{Kind, Lineage, Node, Storage};
 
 use crate::align::name_problem;
-use crate::disk::DiskMode;
+use crate::disk::{DiskMode, SourceKind};
 use crate::facts::Facts;
 use crate::snapshot::Snapshot;
 
@@ -162,10 +162,14 @@ fn node(name: &str, facts: &Facts) -> Node {
     }
 }
 
-/// Where a snapshot's state of each disk is, in the order of the disks; disks that take no part are absent.
+/// Where a snapshot's state of each disk is, in the order of the disks; disks that take no part, and
+/// those that are neither files nor block devices, are absent.
 pub fn storage(name: &str, facts: &Facts) -> Vec<(String, Storage)> {
     let mut storage = Vec::new();
     for disk in facts.domain.iter().flat_map(|domain| &domain.disks) {
+        if !matches!(disk.source.kind, SourceKind::File | SourceKind::Block) {
+            continue;
+        }
         let Some(file) = disk.source.path.clone() else { continue };
         let kept = match facts.mode_of(&disk.target) {
             DiskMode::No | DiskMode::Manual => continue,

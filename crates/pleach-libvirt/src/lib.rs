@@ -31,8 +31,10 @@
 #![forbid(unsafe_code)]
 
 mod align;
+mod catalog;
 mod disk;
 mod domain;
+mod edit;
 mod error;
 mod facts;
 mod forest;
@@ -44,10 +46,12 @@ mod xml;
 mod tests;
 
 pub use align::{MOST_NAME_BYTES, file_name, name_problem, root_name};
+pub use catalog::{DOCUMENT_KEY, DOMAIN_KEY, Export, ExportError, export, import};
 pub use disk::{Disk, DiskMode, DomainDisk, Source, SourceKind};
-pub use domain::Domain;
+pub use domain::{Domain, DomainDocument};
 pub use error::{DocumentError, Problem};
 pub use facts::{Facts, Memory, State};
 pub use forest::{ForestProblem, lineage, parents_first, problems, storage};
 pub use script::redefine_script;
 pub use snapshot::{DiskList, NewDisk, Snapshot};
+pub use xml::MOST_BYTES;

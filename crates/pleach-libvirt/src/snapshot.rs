@@ -1,9 +1,8 @@
 //! A snapshot's document, and changes to it that leave every other byte as it is.
 
-use std::ops::Range;
-
 use crate::disk::{self, Source, SourceKind};
-use crate::domain::disk_elements;
+use crate::domain::{disk_element, moved, renamed_sources, sources_of};
+use crate::edit::Splice;
 use crate::error::{DocumentError, Problem};
 use crate::facts::{Facts, Purpose, State, facts};
 use crate::xml::{ElementId, Xml, escaped, escaped_attribute};
@@ -125,7 +124,7 @@ impl Snapshot {
         let parent = parent.filter(|name| !name.is_empty());
         let splice = match (old, parent) {
             (None, None) => return Ok(()),
-            (Some(old), None) => self.removal(old),
+            (Some(old), None) => self.xml.removal(old),
             (None, Some(name)) => {
                 let unit = self.indent();
                 let name = self.escaped("the name of the parent", name)?;
@@ -145,7 +144,8 @@ impl Snapshot {
         self.apply(vec![splice])
     }
 
-    /// Replaces the list of disks, or that of overlays in use, or takes it out.
+    /// Replaces the list of disks, or that of overlays in use, or takes it out. Entries that are there already keep
+    /// all that is in them but the path and the format.
     ///
     /// # Errors
     /// Those of [`Self::parse`] for what was put in.
@@ -158,15 +158,15 @@ impl Snapshot {
         match (old.next(), new) {
             (None, None) => return Ok(()),
             (None, Some(new)) => splices.push(self.insertion(name, &new)),
-            (Some(at), None) => splices.push(self.removal(at)),
+            (Some(at), None) => splices.push(self.xml.removal(at)),
             (Some(at), Some(new)) => splices.push((self.xml.whole(at), new)),
         }
-        splices.extend(old.map(|further| self.removal(further)));
+        splices.extend(old.map(|further| self.xml.removal(further)));
         self.apply(splices)
     }
 
     /// Puts a domain's definition in place of the snapshot's own, indented as it is. The bytes are those of a
-    /// `<domain>` element that [`Domain::parse`](crate::Domain::parse) reads.
+    /// `<domain>` element that [`DomainDocument::parse`](crate::DomainDocument::parse) reads.
     ///
     /// # Errors
     /// Those of [`Self::parse`].
@@ -184,143 +184,140 @@ impl Snapshot {
     /// # Errors
     /// [`Problem::Value`] if a path is not absolute, or has a character that XML cannot carry.
     pub fn rename_files(&mut self, renamed: impl Fn(&str) -> Option<String>) -> Result<(), DocumentError> {
-        let mut splices = Vec::new();
-        for source in self.sources() {
-            for attribute in ["file", "dev"] {
-                let Some(place) = self.xml.attribute_place(source, attribute) else { continue };
-                let path = self.xml.attribute(source, attribute).unwrap_or_default();
-                if let Some(new) = renamed(&path).filter(|new| *new != path) {
-                    let new = escaped_attribute("the path of a disk", &new);
-                    splices.push((place, new.map_err(|problem| self.xml.error(source, problem))?));
-                }
-            }
-        }
+        let splices = renamed_sources(&self.xml, &self.sources(), renamed)?;
         self.apply(splices)
     }
 
-    /// Says where the data of a disk are in this snapshot, and in which format: the source of that disk in its
-    /// domain, the frozen file. Lists of backing files of that disk go, and libvirt looks at the images instead.
+    /// Says where the data of a disk are in this snapshot, and in which format if that is known: the source of
+    /// that disk in its domain, the frozen file. A list of backing files of that disk goes if anything changes, and
+    /// libvirt looks at the images instead.
     ///
     /// # Errors
     /// [`Problem::Missing`] if there is no domain, or no such disk of it in a file or on a block device.
-    pub fn set_frozen(&mut self, target: &str, path: &str, format: &str) -> Result<(), DocumentError> {
+    pub fn set_frozen(
+        &mut self,
+        target: &str,
+        path: &str,
+        format: Option<&str>,
+    ) -> Result<(), DocumentError> {
+        let root = self.xml.root();
         let mut splices = Vec::new();
-        for which in ["domain", "inactiveDomain"] {
-            let Some(domain) = self.xml.child(self.xml.root(), which) else { continue };
-            let disk = disk_elements(&self.xml, domain).find(|&disk| self.is_target(disk, target));
-            let Some(disk) = disk else { continue };
-            splices.extend(self.frozen(disk, target, path, format)?);
+        let mut found = false;
+        for domain in ["domain", "inactiveDomain"].iter().filter_map(|name| self.xml.child(root, name)) {
+            if let Some(disk) = disk_element(&self.xml, domain, target) {
+                found = true;
+                splices.extend(moved(&self.xml, disk, target, path, format)?);
+            }
         }
-        if splices.is_empty() && !self.is_frozen_at(target, path) {
+        if !found {
             let what = format!("the disk {target:?} in the snapshot's <domain>");
-            return Err(self.xml.error(self.xml.root(), Problem::Missing { what }));
+            return Err(self.xml.error(root, Problem::Missing { what }));
         }
         self.apply(splices)
     }
 
-    fn is_frozen_at(&self, target: &str, path: &str) -> bool {
-        let domain = self.facts.domain.as_ref();
-        domain
-            .and_then(|domain| domain.disk(target))
-            .is_some_and(|disk| disk.source.path.as_deref() == Some(path))
-    }
-
-    fn is_target(&self, disk: ElementId, target: &str) -> bool {
-        let at = self.xml.child(disk, "target");
-        at.and_then(|at| self.xml.attribute(at, "dev")).as_deref() == Some(target)
-    }
-
-    fn frozen(
-        &self,
-        disk: ElementId,
-        target: &str,
-        path: &str,
-        format: &str,
-    ) -> Result<Vec<Splice>, DocumentError> {
-        let read = disk::domain_disk(&self.xml, disk)?;
-        let is_same = read.source.path.as_deref() == Some(path);
-        let mut splices = Vec::new();
-        let source = self.xml.child(disk, "source");
-        let place = disk::path_attribute(read.source.kind)
-            .and_then(|attribute| self.xml.attribute_place(source?, attribute));
-        let Some(place) = place else {
-            let what = format!("the file of the disk {target:?} in the snapshot's domain");
-            return Err(self.xml.error(disk, Problem::Missing { what }));
-        };
-        let new = |text| {
-            escaped_attribute("the path of a disk", text).map_err(|problem| self.xml.error(disk, problem))
-        };
-        if !is_same {
-            splices.push((place, new(path)?));
-        }
-        if read.format.as_deref() != Some(format) {
-            let driver = self.xml.child(disk, "driver");
-            splices.push(match driver.map(|driver| (driver, self.xml.attribute_place(driver, "type"))) {
-                Some((_, Some(place))) => (place, new(format)?),
-                Some((driver, None)) => {
-                    let at = self.xml.attribute_end(driver);
-                    (at..at, format!(" type='{}'", new(format)?))
-                }
-                None => {
-                    let at = self.xml.inner(disk).map_or(0, |inner| inner.start);
-                    (at..at, format!("<driver name='qemu' type='{}'/>", new(format)?))
-                }
-            });
-        }
-        if !splices.is_empty() {
-            splices.extend(self.xml.named(disk, "backingStore").map(|list| self.removal(list)));
-        }
-        Ok(splices)
+    /// Takes out the lists of backing files of a disk; libvirt looks at the images instead.
+    ///
+    /// # Errors
+    /// None.
+    pub fn forget_backing(&mut self, target: &str) -> Result<(), DocumentError> {
+        let root = self.xml.root();
+        let domains = ["domain", "inactiveDomain"].iter().filter_map(|name| self.xml.child(root, name));
+        let disks = domains.filter_map(|domain| disk_element(&self.xml, domain, target));
+        let lists = disks.flat_map(|disk| self.xml.named(disk, "backingStore"));
+        let splices = lists.map(|list| self.xml.removal(list)).collect();
+        self.apply(splices)
     }
 
     /// All elements `<source>` that say where a disk's data are.
     fn sources(&self) -> Vec<ElementId> {
         let xml = &self.xml;
         let root = xml.root();
-        let mut holders: Vec<ElementId> = ["disks", "revertDisks"]
+        let holders: Vec<ElementId> = ["disks", "revertDisks"]
             .iter()
             .flat_map(|list| xml.named(root, list))
             .flat_map(|list| xml.children(list))
             .collect();
+        let mut sources: Vec<ElementId> =
+            holders.iter().filter_map(|&holder| xml.child(holder, "source")).collect();
         if self.purpose == Purpose::Record {
             let domains = ["domain", "inactiveDomain"].iter().flat_map(|name| xml.named(root, name));
-            for disk in domains.flat_map(|domain| disk_elements(xml, domain)) {
-                holders.push(disk);
-                let stores = std::iter::successors(xml.child(disk, "backingStore"), |&at| {
-                    xml.child(at, "backingStore")
-                });
-                holders.extend(stores);
-            }
+            sources.extend(domains.flat_map(|domain| sources_of(xml, domain)));
         }
-        holders.into_iter().filter_map(|holder| xml.child(holder, "source")).collect()
+        sources
     }
 
+    /// A list of disks as text. Entries that are there already stay what they are, but for the path and the format.
     fn written_disks(&self, list: &str, disks: &[NewDisk]) -> Result<String, DocumentError> {
         let unit = self.indent();
-        let write = |what: &str, text: &str| {
-            escaped_attribute(what, text).map_err(|problem| self.xml.error(self.xml.root(), problem))
-        };
         let mut text = format!("<{list}>\n");
         for disk in disks {
-            let name = write("the name of a disk", &disk.name)?;
-            text.push_str(&format!("{unit}{unit}<disk name='{name}' snapshot='{}'", disk.mode.word()));
-            let Some((overlay, format)) = &disk.overlay else {
-                text.push_str("/>\n");
-                continue;
+            let entry = match self.changed_entry(list, disk)? {
+                Some(entry) => entry,
+                None => self.new_entry(disk, &unit)?,
             };
-            let (kind, attribute) = match overlay.kind {
-                SourceKind::Block => ("block", "dev"),
-                _ => ("file", "file"),
-            };
-            let path = write("the path of a disk", overlay.path.as_deref().unwrap_or_default())?;
-            let format = write("the format of a disk", format)?;
-            text.push_str(&format!(
-                " type='{kind}'>\n{unit}{unit}{unit}<driver type='{format}'/>\n\
-                 {unit}{unit}{unit}<source {attribute}='{path}'/>\n{unit}{unit}</disk>\n"
-            ));
+            text.push_str(&format!("{unit}{unit}{entry}\n"));
         }
         text.push_str(&format!("{unit}</{list}>"));
         Ok(text)
+    }
+
+    /// The entry of that disk, with another path and format; `None` where there is none that could be changed so.
+    fn changed_entry(&self, list: &str, disk: &NewDisk) -> Result<Option<String>, DocumentError> {
+        let xml = &self.xml;
+        let mut entries = xml.named(xml.root(), list).flat_map(|list| xml.children(list));
+        let Some(old) = entries.find(|&entry| xml.attribute(entry, "name").as_deref() == Some(&disk.name))
+        else {
+            return Ok(None);
+        };
+        let read = disk::disk(xml, old, true)?;
+        let is_same_kind = disk.overlay.as_ref().is_none_or(|(source, _)| source.kind == read.overlay.kind);
+        if read.mode != Some(disk.mode) || !is_same_kind {
+            return Ok(None);
+        }
+        let mut splices = Vec::new();
+        if let Some((overlay, format)) = &disk.overlay
+            && overlay.path != read.overlay.path
+        {
+            let source = xml.child(old, "source");
+            let place =
+                disk::path_attribute(overlay.kind).and_then(|name| xml.attribute_place(source?, name));
+            let Some(place) = place else { return Ok(None) };
+            splices.push((
+                place,
+                self.attribute("the path of a disk", overlay.path.as_deref().unwrap_or_default())?,
+            ));
+            let driver = xml.child(old, "driver").and_then(|driver| xml.attribute_place(driver, "type"));
+            if let Some(place) = driver {
+                splices.push((place, self.attribute("the format of a disk", format)?));
+            }
+        } else if disk.overlay.is_none() && read.overlay.path.is_some() {
+            return Ok(None);
+        }
+        let whole = xml.whole(old);
+        let tail = xml.text().len() - whole.end;
+        let text = xml.spliced(splices);
+        Ok(text.get(whole.start..text.len() - tail).map(str::to_owned))
+    }
+
+    fn new_entry(&self, disk: &NewDisk, unit: &str) -> Result<String, DocumentError> {
+        let name = self.attribute("the name of a disk", &disk.name)?;
+        let start = format!("<disk name='{name}' snapshot='{}'", disk.mode.word());
+        let Some((overlay, format)) = &disk.overlay else { return Ok(start + "/>") };
+        let (kind, attribute) = match overlay.kind {
+            SourceKind::Block => ("block", "dev"),
+            _ => ("file", "file"),
+        };
+        let path = self.attribute("the path of a disk", overlay.path.as_deref().unwrap_or_default())?;
+        let format = self.attribute("the format of a disk", format)?;
+        Ok(format!(
+            "{start} type='{kind}'>\n{unit}{unit}{unit}<driver type='{format}'/>\n\
+             {unit}{unit}{unit}<source {attribute}='{path}'/>\n{unit}{unit}</disk>"
+        ))
+    }
+
+    fn attribute(&self, what: &str, value: &str) -> Result<String, DocumentError> {
+        escaped_attribute(what, value).map_err(|problem| self.xml.error(self.xml.root(), problem))
     }
 
     fn set_text(&mut self, name: &str, value: Option<&str>) -> Result<(), DocumentError> {
@@ -328,7 +325,7 @@ impl Snapshot {
         let what = format!("<{name}>");
         let splice = match (old, value) {
             (None, None) => return Ok(()),
-            (Some(old), None) => self.removal(old),
+            (Some(old), None) => self.xml.removal(old),
             (None, Some(value)) => {
                 let value = self.escaped(&what, value)?;
                 self.insertion(name, &format!("<{name}>{value}</{name}>"))
@@ -356,15 +353,6 @@ impl Snapshot {
                 (self.xml.whole(at), format!("<{name}>{content}</{name}>"))
             }
         }
-    }
-
-    /// Takes an element out, with the blanks before it and its line end.
-    fn removal(&self, at: ElementId) -> Splice {
-        let span = self.xml.whole(at);
-        let before = self.text().get(..span.start).unwrap_or_default();
-        let line = before.trim_end_matches([' ', '\t']);
-        let start = if line.ends_with('\n') { line.len() - 1 } else { span.start };
-        (start..span.end, String::new())
     }
 
     /// Puts a new element at its place in the order of elements, on a line of its own.
@@ -402,23 +390,11 @@ impl Snapshot {
         }
     }
 
-    fn apply(&mut self, mut splices: Vec<Splice>) -> Result<(), DocumentError> {
-        splices.sort_by_key(|(span, _)| (span.start, span.end));
-        let mut text = String::with_capacity(self.text().len() + 256);
-        let mut at = 0;
-        for (span, new) in splices {
-            text.push_str(self.text().get(at..span.start).unwrap_or_default());
-            text.push_str(&new);
-            at = span.end;
-        }
-        text.push_str(self.text().get(at..).unwrap_or_default());
-        *self = Self::read(text.as_bytes(), self.purpose)?;
+    fn apply(&mut self, splices: Vec<Splice>) -> Result<(), DocumentError> {
+        *self = Self::read(self.xml.spliced(splices).as_bytes(), self.purpose)?;
         Ok(())
     }
 }
-
-/// What to put in place of which bytes.
-type Splice = (Range<usize>, String);
 
 /// One of the two lists of disks.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Hash)]

@@ -292,14 +292,14 @@ fn a_change_taken_back_leaves_the_document_as_it_was() {
 #[test]
 fn a_frozen_file_moves_and_its_list_of_backing_files_goes() {
     let mut snapshot = full();
-    snapshot.set_frozen("vda", "/i/a.qcow2", "qcow2").unwrap();
+    snapshot.set_frozen("vda", "/i/a.qcow2", Some("qcow2")).unwrap();
     assert_eq!(snapshot.text(), FULL, "nothing to change");
-    snapshot.set_frozen("vda", "/i/merged", "raw").unwrap();
+    snapshot.set_frozen("vda", "/i/merged", Some("raw")).unwrap();
     let disk = snapshot.facts().domain.as_ref().unwrap().disk("vda").unwrap().clone();
     assert_eq!((disk.source.path.as_deref(), disk.format.as_deref()), (Some("/i/merged"), Some("raw")));
     assert!(disk.backing.is_empty() && !snapshot.text().contains("backingStore"));
-    assert!(snapshot.set_frozen("vdz", "/x", "raw").is_err());
-    assert!(snapshot.set_frozen("hdc", "/x", "raw").is_err(), "an empty drive");
+    assert!(snapshot.set_frozen("vdz", "/x", None).is_err());
+    assert!(snapshot.set_frozen("hdc", "/x", None).is_err(), "an empty drive");
 }
 
 #[test]

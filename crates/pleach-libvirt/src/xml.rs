@@ -8,8 +8,8 @@ use quick_xml::events::Event;
 
 use crate::error::{DocumentError, Problem};
 
-/// libvirt reads no longer file.
-pub(crate) const MOST_BYTES: usize = 1 << 20;
+/// The longest document that is read, in bytes: libvirt reads no longer file.
+pub const MOST_BYTES: usize = 1 << 20;
 /// libvirt's XML parser goes no deeper.
 pub(crate) const MOST_DEPTH: usize = 256;
 

@@ -3,6 +3,7 @@
 //!
 //! Needs `virsh` (no daemon, no network, no root); without it the tests say so and pass. `PLEACH_LONG=1` runs
 //! more and longer sequences, `PLEACH_SEED=…` one sequence again.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::BTreeMap;
 use std::fs;

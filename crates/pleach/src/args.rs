@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Resume(ResumeArgs),
     /// Build a tree of real images, delete nodes from it every way, and prove that nothing else changed
     Demo(DemoArgs),
+    /// Read and write libvirt's snapshot documents
+    Libvirt(crate::libvirt::LibvirtArgs),
 }
 
 /// What images may make us open.

@@ -12,6 +12,7 @@ mod create;
 mod delete;
 mod demo;
 mod info;
+mod libvirt;
 mod map;
 mod output;
 mod progress;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         Command::Rebase(args) => (args.act.json, rebase::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),
         Command::Demo(args) => (false, demo::run(&args)),
+        Command::Libvirt(args) => (args.json, libvirt::run(&args)),
     };
     match result {
         Ok(code) => code,

@@ -202,22 +202,30 @@ impl NodeRecord {
 
     /// The words behind `key` in the first unknown line that starts with it.
     pub fn field(&self, key: &str) -> Option<Vec<String>> {
-        let mut lines = self.other.iter().filter_map(|line| words(line).ok());
-        lines.find(|words| words.first().is_some_and(|first| first == key)).map(|mut all| all.split_off(1))
+        field(&self.other, key)
     }
 
     /// Puts a line `key words…` among the unknown ones, in place of those that start with `key`; none for no words.
     pub fn set_field(&mut self, key: &str, values: &[&str]) {
-        self.other.retain(|line| words(line).ok().and_then(|w| w.into_iter().next()).as_deref() != Some(key));
-        if !values.is_empty() {
-            let mut line = String::new();
-            put(&mut line, key);
-            for value in values {
-                line.push(' ');
-                put(&mut line, value);
-            }
-            self.other.push(line);
+        set_field(&mut self.other, key, values);
+    }
+}
+
+fn field(other: &[String], key: &str) -> Option<Vec<String>> {
+    let mut lines = other.iter().filter_map(|line| words(line).ok());
+    lines.find(|words| words.first().is_some_and(|first| first == key)).map(|mut all| all.split_off(1))
+}
+
+fn set_field(other: &mut Vec<String>, key: &str, values: &[&str]) {
+    other.retain(|line| words(line).ok().and_then(|w| w.into_iter().next()).as_deref() != Some(key));
+    if !values.is_empty() {
+        let mut line = String::new();
+        put(&mut line, key);
+        for value in values {
+            line.push(' ');
+            put(&mut line, value);
         }
+        other.push(line);
     }
 }
 
@@ -235,6 +243,16 @@ impl Record {
     /// The same, to be changed.
     pub fn find_mut(&mut self, name: &str) -> Option<&mut NodeRecord> {
         self.nodes.iter_mut().find(|node| node.name == name)
+    }
+
+    /// The words behind `key` in the first unknown item that starts with it.
+    pub fn field(&self, key: &str) -> Option<Vec<String>> {
+        field(&self.other, key)
+    }
+
+    /// Puts an item `key words…` among the unknown ones, in place of those that start with `key`; none for no words.
+    pub fn set_field(&mut self, key: &str, values: &[&str]) {
+        set_field(&mut self.other, key, values);
     }
 
     /// The disk of that name.
