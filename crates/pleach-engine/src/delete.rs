@@ -153,7 +153,7 @@ pub enum Naming {
 }
 
 /// Everything that a deletion will do.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeletePlan {
     /// The node.
     pub node: String,
@@ -161,6 +161,8 @@ pub struct DeletePlan {
     pub removes: Vec<usize>,
     /// The merge of a single node: its file, and what is done.
     pub single: Option<(usize, Vec<Merge>, Naming)>,
+    /// Files between the victim and its only reader, top first, which go too.
+    pub between: Vec<usize>,
     /// Nodes that stay and get another parent, and that parent.
     pub reparented: Vec<(String, Option<String>)>,
     /// Bytes on disk of the files that go.
@@ -195,15 +197,15 @@ impl DeletePlan {
         pair.0.zip(pair.1).into_iter().collect()
     }
 
-    /// The file of a single deletion whose space is given back: the one that does not hold the merged data.
-    fn loses_space<'a>(&self, survey: &'a Survey) -> Option<&'a SurveyFile> {
-        let (victim, _, naming) = self.single.as_ref()?;
-        let index = match naming {
-            Naming::Stay(_) => return None,
-            Naming::Unlink | Naming::TakeVictimsName { .. } => victim,
-            Naming::TakeReadersName { reader } | Naming::KeepVictimsName { reader, .. } => reader,
-        };
-        survey.files.get(*index)
+    /// Bytes on disk that are given back: of all files that do not hold the merged data afterwards.
+    pub(crate) fn frees(&self, survey: &Survey) -> u64 {
+        let one = self.single.as_ref().and_then(|(victim, _, naming)| match naming {
+            Naming::Stay(_) => None,
+            Naming::Unlink | Naming::TakeVictimsName { .. } => Some(victim),
+            Naming::TakeReadersName { reader } | Naming::KeepVictimsName { reader, .. } => Some(reader),
+        });
+        let files = self.removes.iter().chain(&self.between).chain(one);
+        files.filter_map(|&i| survey.files.get(i)).map(freed_by).sum()
     }
 
     /// Names that are removed; those that change hands are in [`renames`](Self::renames).
@@ -211,6 +213,7 @@ impl DeletePlan {
         let path = |i: &usize| survey.files.get(*i).map(|f| f.path.as_path());
         let mut gone: Vec<&Path> = self.removes.iter().filter_map(path).collect();
         if let Some((victim, _, naming)) = &self.single {
+            gone.extend(self.between.iter().filter_map(path));
             gone.extend(match naming {
                 Naming::Unlink => path(victim),
                 Naming::KeepVictimsName { reader, .. } => path(reader),
@@ -273,8 +276,7 @@ pub fn prepare(
     let deletion = family.lineage.plan_delete(node, request.mode)?;
     let named = |id| family.lineage.get(id).map(|n| n.name.clone()).unwrap_or_default();
     let reparented = deletion.reparented.iter().map(|&(id, parent)| (named(id), parent.map(named))).collect();
-    let mut plan =
-        DeletePlan { node: name.clone(), removes: Vec::new(), single: None, reparented, bytes_freed: 0 };
+    let mut plan = DeletePlan { node: name.clone(), reparented, ..DeletePlan::default() };
     match request.mode {
         DeleteMode::Metadata => {
             return Err(Error::new(
@@ -295,7 +297,7 @@ pub fn prepare(
             plan.removes = files_of(survey, family, &deletion.removed)?;
             let roles = plan.removes.iter().map(|&i| (i, role(change))).collect();
             let open = OpenFiles::open(disk, survey, &roles)?;
-            plan.bytes_freed = plan.removes.iter().filter_map(|&i| survey.files.get(i)).map(freed_by).sum();
+            plan.bytes_freed = plan.frees(survey);
             return Ok(Prepared { plan, open });
         }
     }
@@ -315,7 +317,7 @@ pub fn prepare(
     if !change {
         rehearse(survey, &plan, &open)?;
     }
-    plan.bytes_freed = plan.loses_space(survey).map_or(0, freed_by);
+    plan.bytes_freed = plan.frees(survey);
     Ok(Prepared { plan, open })
 }
 
@@ -372,7 +374,7 @@ fn files_of(survey: &Survey, family: &Family, nodes: &[pleach_lineage::NodeId]) 
     Ok(files)
 }
 
-fn stays_inside(file: &SurveyFile) -> Error {
+pub(crate) fn stays_inside(file: &SurveyFile) -> Error {
     let names: Vec<String> = file.snapshots.iter().map(|s| format!("\"{}\"", escape(&s.name))).collect();
     Error::new(
         ErrorKind::Refused,
@@ -415,15 +417,7 @@ pub(crate) fn plan_single(
         Err(_) if readers.is_empty() && !survey.loops(victim) => Vec::new(),
         Err(error) => return Err(error),
     };
-    for file in below.iter().chain(&readers).chain([&victim]).filter_map(|&i| survey.files.get(i)) {
-        // Which of the two is read depends on the name under which the image is opened.
-        if let Some(name) = survey.other_names.iter().find(|n| n.reader == file.stat.id) {
-            let text = format!("reads another backing file under its other name \"{}\"", name.path.display());
-            return Err(Error::new(ErrorKind::Refused, text)
-                .at(&file.path)
-                .hint("remove that name, or give the image an absolute backing file name"));
-        }
-    }
+    refuse_other_names(survey, below.iter().chain(&readers).chain([&victim]))?;
     let designated = designate(survey, &readers, keep, decided)?;
     // An interrupted deletion may have merged the reader that takes the name already.
     let merged = match (decided.renamed, decided.committed) {
@@ -471,8 +465,28 @@ fn has_opt(survey: &Survey, index: usize, id: Option<FileId>) -> bool {
     survey.files.get(index).map(|f| f.stat.id).is_some_and(|i| Some(i) == id)
 }
 
+/// Refuses files of which it depends on the name, under which they are opened, what they read.
+pub(crate) fn refuse_other_names<'a>(
+    survey: &Survey,
+    files: impl IntoIterator<Item = &'a usize>,
+) -> Result<()> {
+    for file in files.into_iter().filter_map(|&i| survey.files.get(i)) {
+        if let Some(name) = survey.other_names.iter().find(|n| n.reader == file.stat.id) {
+            let text = format!("reads another backing file under its other name \"{}\"", name.path.display());
+            return Err(Error::new(ErrorKind::Refused, text)
+                .at(&file.path)
+                .hint("remove that name, or give the image an absolute backing file name"));
+        }
+    }
+    Ok(())
+}
+
 /// Images that name the victim but could not be followed, or cannot be read, may still need it.
-fn refuse_unknown_readers(survey: &Survey, victim: &SurveyFile, going: &BTreeSet<FileId>) -> Result<()> {
+pub(crate) fn refuse_unknown_readers(
+    survey: &Survey,
+    victim: &SurveyFile,
+    going: &BTreeSet<FileId>,
+) -> Result<()> {
     let id = victim.stat.id;
     if let Some(unreadable) = survey.unreadable.first() {
         let path = unreadable.path.clone().unwrap_or_default();
@@ -559,7 +573,7 @@ fn stem(file: &SurveyFile) -> String {
 }
 
 /// What all merges around one victim have in common.
-struct Planner<'a> {
+pub(crate) struct Planner<'a> {
     files: Files<'a>,
     victim: usize,
     /// What lies between the victim and its only reader, top first: these files go too.
@@ -575,7 +589,12 @@ struct Planner<'a> {
 }
 
 impl<'a> Planner<'a> {
-    fn new(files: Files<'a>, victim: usize, between: &'a [usize], below: &'a [usize]) -> Result<Self> {
+    pub(crate) fn new(
+        files: Files<'a>,
+        victim: usize,
+        between: &'a [usize],
+        below: &'a [usize],
+    ) -> Result<Self> {
         let open = files.open;
         let (size, runs) = (open.layer(victim).size(), open.runs(victim)?);
         let (cover, plain) = (Cover::of_runs(size, runs), Cover::of_plain_data(size, runs));
@@ -644,7 +663,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The only reader, or the one that takes the victim's name: the cheaper way, and the names.
-    fn designated(
+    pub(crate) fn designated(
         &self,
         reader: usize,
         keep: &Keep,
@@ -703,7 +722,7 @@ impl<'a> Planner<'a> {
     }
 
     /// The reader's file, holding the merged data, takes the victim's name.
-    fn take_victims_name(&self, reader: usize, followers: &[usize]) -> Result<Naming> {
+    pub(crate) fn take_victims_name(&self, reader: usize, followers: &[usize]) -> Result<Naming> {
         let (victim, over) = (self.file(self.victim), self.file(reader));
         if victim.stat.id.device != over.stat.id.device {
             return Err(Error::new(

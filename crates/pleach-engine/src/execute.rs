@@ -145,7 +145,7 @@ fn drop_second_name(disk: &dyn Disk, survey: &Survey, reader: usize, second: &Pa
 
 fn single_name(plan: &DeletePlan) -> bool {
     match &plan.single {
-        Some((_, _, naming)) => *naming == Naming::Unlink,
+        Some((_, _, naming)) => *naming == Naming::Unlink && plan.between.is_empty(),
         None => plan.removes.len() == 1,
     }
 }
@@ -195,7 +195,7 @@ fn run(
         return Err(stopped());
     }
     let finished = match &plan.single {
-        Some((victim, _, naming)) => rename_all(disk, survey, *victim, naming, journal)?,
+        Some((victim, _, naming)) => rename_all(disk, survey, plan, *victim, naming, journal)?,
         None => remove(disk, survey, plan)?,
     };
     Ok(Outcome { bytes_freed: finished.bytes_freed, ..outcome })
@@ -344,6 +344,7 @@ fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Inte
     Ok(Intent::Merge {
         victim: image(*victim)?,
         dependents: images(&mut merges.iter().map(|m| m.reader))?,
+        between: images(&mut plan.between.iter().copied())?,
         committed,
         renamed,
         followers,
@@ -758,9 +759,12 @@ impl From<ImageError> for Wrapped {
 /// KeepVictimsName   followers name the victim's file; the reader's file goes
 /// Unlink            the victim's file goes
 /// ```
+/// Files between the two go when nobody reads them any more, top first, each after its reader: before a victim that is
+/// unlinked or replaced, after everything else.
 fn rename_all(
     disk: &dyn Disk,
     survey: &Survey,
+    plan: &DeletePlan,
     victim: usize,
     naming: &Naming,
     journal: &mut Journal<'_>,
@@ -772,28 +776,31 @@ fn rename_all(
     let id = |index: usize| survey.files.get(index).map(|f| f.stat.id);
     let victim_id = id(victim).unwrap_or(FileId { device: 0, inode: 0 });
     let known = |reader: usize, followers: &[Rebase]| -> Vec<FileId> {
-        id(reader).into_iter().chain(followers.iter().filter_map(|f| id(f.file))).collect()
+        let told = followers.iter().map(|f| f.file);
+        [reader].into_iter().chain(told).chain(plan.between.iter().copied()).filter_map(id).collect()
     };
+    let between = || plan.between.iter().map(|&i| unlink(disk, survey, i)).sum::<Result<u64>>();
     let bytes_freed = match naming {
         Naming::Stay(_) => 0,
-        Naming::Unlink => unlink(disk, survey, victim)?,
+        Naming::Unlink => between()? + unlink(disk, survey, victim)?,
         Naming::TakeReadersName { reader } => {
             nobody_reads(disk, &survey.directories, victim_id, &known(*reader, &[]))?;
             let bytes = freed(*reader);
             replace(disk, victim_path, path_of(survey, *reader))?;
-            bytes
+            bytes + between()?
         }
         Naming::TakeVictimsName { reader, followers } => {
+            let gone = between()?;
             nobody_reads(disk, &survey.directories, victim_id, &known(*reader, followers))?;
             let bytes = freed(victim);
             take_name(disk, survey, *reader, victim_path, followers, journal)?;
-            bytes
+            gone + bytes
         }
         Naming::KeepVictimsName { reader, followers } => {
             let bytes = freed(*reader);
             rebase_followers(disk, survey, followers, journal)?;
             unlink(disk, survey, *reader)?;
-            bytes
+            bytes + between()?
         }
     };
     Ok(Outcome { bytes_freed, ..Outcome::default() })

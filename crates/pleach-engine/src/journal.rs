@@ -122,8 +122,11 @@ pub enum Intent {
     Merge {
         /// The file whose state goes.
         victim: JournalImage,
-        /// The files that read it.
+        /// The files that read it; of several files that go, the one that reads the uppermost.
         dependents: Vec<JournalImage>,
+        /// Files between the victim and its only dependent, top first, that go too.
+        #[serde(default)]
+        between: Vec<JournalImage>,
         /// The one of them that is merged with the victim's file by copying into that, if any.
         committed: Option<JournalImage>,
         /// The one of them that takes the victim's name, if any.
@@ -189,8 +192,8 @@ impl Intent {
     pub(crate) fn images(&self) -> Vec<&JournalImage> {
         match self {
             Self::Remove { files, .. } => files.iter().collect(),
-            Self::Merge { victim, dependents, followers, .. } => {
-                std::iter::once(victim).chain(dependents).chain(followers).collect()
+            Self::Merge { victim, dependents, between, followers, .. } => {
+                std::iter::once(victim).chain(dependents).chain(between).chain(followers).collect()
             }
             Self::Rebase { image, .. } => vec![image],
         }
@@ -205,14 +208,17 @@ impl Intent {
             Self::Remove { files, directories } => {
                 Self::Remove { files: images(files), directories: paths(directories) }
             }
-            Self::Merge { victim, dependents, committed, renamed, followers, directories } => Self::Merge {
-                victim: image(victim),
-                dependents: images(dependents),
-                committed: committed.map(image),
-                renamed: renamed.map(image),
-                followers: images(followers),
-                directories: paths(directories),
-            },
+            Self::Merge { victim, dependents, between, committed, renamed, followers, directories } => {
+                Self::Merge {
+                    victim: image(victim),
+                    dependents: images(dependents),
+                    between: images(between),
+                    committed: committed.map(image),
+                    renamed: renamed.map(image),
+                    followers: images(followers),
+                    directories: paths(directories),
+                }
+            }
             Self::Rebase { image: rebased, onto, unchecked, directories } => Self::Rebase {
                 image: image(rebased),
                 onto: onto.map(|new| NewBacking {
@@ -469,6 +475,7 @@ mod tests {
         Intent::Merge {
             victim: image("B 100%"),
             dependents: vec![image("D")],
+            between: vec![],
             committed: None,
             renamed: Some(image("D")),
             followers: vec![],

@@ -10,7 +10,7 @@ use pleach_store::{Disk, Role};
 
 use crate::delete::{
     DeletePlan, Direction, Merge, Naming, Prepared, StateFill, Work, bytes_of, fills_of, refuse_journals,
-    role, shape_of,
+    refuse_other_names, role, shape_of,
 };
 use crate::execute::rehearse;
 use crate::files::Files;
@@ -74,12 +74,7 @@ pub(crate) fn plan_rebase(
     if file.format == FileFormat::Raw {
         return Err(Error::new(ErrorKind::Failed, "a raw file cannot stand on another one").at(&file.path));
     }
-    if let Some(name) = survey.other_names.iter().find(|n| n.reader == file.stat.id) {
-        let text = format!("reads another backing file under its other name \"{}\"", name.path.display());
-        return Err(Error::new(ErrorKind::Refused, text)
-            .at(&file.path)
-            .hint("remove that name, or give the image an absolute backing file name"));
-    }
+    refuse_other_names(survey, [&image])?;
     let (old, new) = match (&request.onto, request.unchecked) {
         (_, true) => (Vec::new(), Vec::new()),
         (None, false) => (survey.chain(image)?.split_off(1), Vec::new()),
@@ -111,10 +106,8 @@ pub(crate) fn plan_rebase(
     };
     let plan = DeletePlan {
         node: file.path.file_stem().map(|s| pleach_image::escape(s.as_encoded_bytes())).unwrap_or_default(),
-        removes: Vec::new(),
         single: Some((image, vec![merge], Naming::Stay(request.clone()))),
-        reparented: Vec::new(),
-        bytes_freed: 0,
+        ..DeletePlan::default()
     };
     Ok(Prepared { plan, open })
 }

@@ -12,6 +12,7 @@ use crate::journal::{
     Contents, Intent, Journal, JournalImage, NewBacking, clear_unbegun, directory_of, pending,
 };
 use crate::leaks::give_back;
+use crate::merge::{Run, plan_run};
 use crate::names::renamed;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
 use crate::survey::{FileFormat, Survey, Trust};
@@ -66,17 +67,24 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
             }
             Ok(format!("removed the last {} of {} files", left.len(), files.len()))
         }
-        Some(Intent::Merge { victim, dependents, committed, renamed, followers, directories }) => {
+        Some(Intent::Merge { victim, dependents, between, committed, renamed, followers, directories }) => {
             let merge = MergeIntent {
                 victim,
                 dependents,
+                between,
                 committed: committed.as_ref(),
                 renamed: renamed.as_ref(),
                 followers,
                 directories,
             };
             merge.finish(disk, journal, watch)?;
-            Ok(format!("deleted \"{}\"", victim.path.display()))
+            merge.remove_between(disk)?;
+            Ok(match (dependents.as_slice(), between.as_slice()) {
+                ([reader], [_, ..]) => {
+                    format!("merged \"{}\" into \"{}\"", reader.path.display(), victim.path.display())
+                }
+                _ => format!("deleted \"{}\"", victim.path.display()),
+            })
         }
         Some(Intent::Rebase { image, onto, unchecked, directories }) => {
             let rebase = RebaseIntent { image, onto: onto.as_ref(), unchecked: *unchecked, directories };
@@ -94,6 +102,7 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
 struct MergeIntent<'a> {
     victim: &'a JournalImage,
     dependents: &'a [JournalImage],
+    between: &'a [JournalImage],
     committed: Option<&'a JournalImage>,
     renamed: Option<&'a JournalImage>,
     followers: &'a [JournalImage],
@@ -132,15 +141,37 @@ impl MergeIntent<'_> {
             fixed: true,
         };
         let keep = if self.renamed.is_some() { Keep::Parent(None) } else { Keep::Child };
-        let (open, merges, naming) = plan_single(disk, &survey, victim, &keep, &decided, true)?;
-        let plan = DeletePlan {
-            node: String::new(),
-            removes: Vec::new(),
-            single: Some((victim, merges, naming)),
-            reparented: Vec::new(),
-            bytes_freed: 0,
+        let top = self.dependents.first().and_then(|d| here(disk, d)).and_then(|id| survey.find_id(id));
+        let prepared = match (self.between, top) {
+            ([], _) => {
+                let (open, merges, naming) = plan_single(disk, &survey, victim, &keep, &decided, true)?;
+                let single = Some((victim, merges, naming));
+                Prepared { plan: DeletePlan { single, ..DeletePlan::default() }, open }
+            }
+            (_, None) => {
+                let path = self.dependents.first().map(|d| d.path.clone()).unwrap_or_default();
+                return Err(not_the_same(&path));
+            }
+            (between, Some(top)) => {
+                let between =
+                    between.iter().filter_map(|i| here(disk, i)).filter_map(|id| survey.find_id(id));
+                let run = Run { top, base: victim, between: between.collect() };
+                plan_run(disk, &survey, &run, &keep, &decided, true)?
+            }
         };
-        go_on(disk, &survey, &Prepared { plan, open }, journal, watch).map(drop)
+        go_on(disk, &survey, &prepared, journal, watch).map(drop)
+    }
+
+    /// Files between victim and reader that are left, once nobody reads them.
+    fn remove_between(&self, disk: &dyn Disk) -> Result<()> {
+        for image in self.between {
+            if let Some(id) = here(disk, image) {
+                let _lock = open(disk, &image.path)?;
+                nobody_reads(disk, self.directories, id, &[])?;
+                remove(disk, &image.path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Whether nothing is left but the journal.

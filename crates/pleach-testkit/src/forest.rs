@@ -154,6 +154,32 @@ impl Forest {
         after
     }
 
+    /// The model after the run from `top` down to `base` has become one file, called as `top` was or as `base` was.
+    ///
+    /// # Panics
+    /// If there is no such run.
+    #[must_use]
+    pub fn merged(&self, top: &str, base: &str, keep_top: bool) -> Self {
+        let mut after = self.clone();
+        let above_base = |name: &String| name != base;
+        let between: Vec<String> = self.ancestors(top).into_iter().take_while(above_base).collect();
+        after.nodes.retain(|name, _| !between.contains(name));
+        let parent = self.state(base).parent.clone();
+        if keep_top {
+            after.nodes.remove(base);
+            return after.rebased(top, parent.as_deref());
+        }
+        after.take_over(base, top);
+        after
+    }
+
+    /// Names of the nodes that `name` stands on, nearest first.
+    #[must_use]
+    pub fn ancestors(&self, name: &str) -> Vec<String> {
+        std::iter::successors(self.state(name).parent.clone(), |name| self.state(name).parent.clone())
+            .collect()
+    }
+
     fn reparent(&mut self, from: &str, to: Option<&str>) {
         for state in self.nodes.values_mut().filter(|state| state.parent.as_deref() == Some(from)) {
             state.parent = to.map(str::to_owned);

@@ -38,6 +38,10 @@ pub(crate) enum Command {
     Measure(MeasureArgs),
     /// Delete a node; the content of every node that stays is unchanged
     Delete(DeleteArgs),
+    /// Make one image out of a run of them, with the content of the uppermost
+    Merge(MergeArgs),
+    /// Make one snapshot out of a run of them: the last one stays
+    Squash(SquashArgs),
     /// Give an image another backing file, or none; its content stays the same
     Rebase(RebaseArgs),
     /// Finish interrupted operations
@@ -549,6 +553,42 @@ pub(crate) struct ActArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct MergeArgs {
+    /// The uppermost image of the run, whose content stays
+    pub(crate) top: PathBuf,
+    /// The lowermost image of the run
+    #[arg(long, value_name = "BASE")]
+    pub(crate) into: PathBuf,
+    /// Whose file name survives: top, base, or auto (the file into which the data are copied)
+    #[arg(long, default_value = "base", value_name = "WHOSE", value_parser = keep_of_run)]
+    pub(crate) keep: pleach_engine::Keep,
+    /// Look for images that stand on these in this directory too
+    #[arg(long, value_name = "DIR")]
+    pub(crate) also: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) act: ActArgs,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SquashArgs {
+    /// An image, or a directory of images
+    pub(crate) target: PathBuf,
+    /// The first snapshot of the run
+    pub(crate) first: String,
+    /// The last one, which stands on it, directly or not, and whose content and name stay
+    pub(crate) last: String,
+    /// Look for images that stand on these in this directory too
+    #[arg(long, value_name = "DIR")]
+    pub(crate) also: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) act: ActArgs,
+    #[command(flatten)]
+    pub(crate) trust: TrustArgs,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct RebaseArgs {
     /// The image
     #[arg(value_name = "IMG")]
@@ -626,6 +666,16 @@ fn keep(text: &str) -> Result<pleach_engine::Keep, String> {
             Some(name) if !name.is_empty() => Ok(Keep::Parent(Some(name.to_owned()))),
             _ => Err("must be child, parent, parent=NAME or auto".to_owned()),
         },
+    }
+}
+
+fn keep_of_run(text: &str) -> Result<pleach_engine::Keep, String> {
+    use pleach_engine::Keep;
+    match text {
+        "top" => Ok(Keep::Child),
+        "base" => Ok(Keep::Parent(None)),
+        "auto" => Ok(Keep::Auto),
+        _ => Err("must be top, base or auto".to_owned()),
     }
 }
 

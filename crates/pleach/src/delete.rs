@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use pleach_engine::family::{State, shown};
 use pleach_engine::survey::Survey;
-use pleach_engine::{DeletePlan, DeleteRequest, Direction, Naming, Outcome, Rebase, Result, Work, prepare};
+use pleach_engine::{DeletePlan, DeleteRequest, Direction, Outcome, Rebase, Result, Work, prepare};
 use pleach_image::escape;
 use pleach_lineage::DeleteMode;
 use pleach_store::RealDisk;
@@ -41,8 +41,26 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
         whole_tree: args.yes_everything,
     };
     let prepared = prepare(&RealDisk, &survey, &family, &request, !args.act.dry_run)?;
-    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes };
+    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Delete };
     carry_out(&view, prepared, &args.act)
+}
+
+/// What a plan does, in a word.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verb {
+    Delete,
+    Merge,
+    Rebase,
+}
+
+impl Verb {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Delete => "delete",
+            Self::Merge => "merge",
+            Self::Rebase => "rebase",
+        }
+    }
 }
 
 /// A plan for people and for programs.
@@ -50,6 +68,7 @@ pub(crate) struct View<'a> {
     pub(crate) survey: &'a Survey,
     pub(crate) base: &'a Path,
     pub(crate) bytes: bool,
+    pub(crate) verb: Verb,
 }
 
 impl View<'_> {
@@ -71,8 +90,7 @@ impl View<'_> {
 
     /// The plan as text, totals last.
     pub(crate) fn text(&self, plan: &DeletePlan) -> String {
-        let rebase = matches!(plan.single, Some((_, _, Naming::Stay(_))));
-        let mut out = format!("{} {}\n", if rebase { "rebase" } else { "delete" }, plan.node);
+        let mut out = format!("{} {}\n", self.verb.word(), plan.node);
         let mut line = |what: &str, text: String| out.push_str(&format!("  {what:<8} {text}\n"));
         for merge in plan.merges() {
             let (into, of) = (self.file(merge.target), self.size(merge.bytes_written));
@@ -80,7 +98,12 @@ impl View<'_> {
             line(
                 "copy",
                 match merge.direction {
-                    Direction::Pull if rebase => format!("{of} into {into}: what its new backing file lacks"),
+                    Direction::Pull if self.verb == Verb::Rebase => {
+                        format!("{of} into {into}: what its new backing file lacks")
+                    }
+                    Direction::Pull if self.verb == Verb::Merge => {
+                        format!("{of} into {into}: what it lacks of the others")
+                    }
                     Direction::Pull => format!("{of} into {into}: what it lacks of {victim}"),
                     Direction::Commit => format!("{of} into {into}: what {} has", self.file(merge.reader)),
                 },
@@ -123,11 +146,8 @@ impl View<'_> {
             0 => String::new(),
             bytes => format!(" (of which {} shared)", self.size(bytes)),
         };
-        let node = &plan.node;
-        let mut out = match &plan.single {
-            Some((_, _, Naming::Stay(_))) => format!("rebased {node}: {written} written{shared}\n"),
-            _ => format!("deleted {node}: {written} written{shared}, {freed} freed\n"),
-        };
+        let mut out = format!("{}d {}: {written} written{shared}", self.verb.word(), plan.node);
+        out.push_str(&if self.verb == Verb::Rebase { "\n".to_owned() } else { format!(", {freed} freed\n") });
         for (from, to) in plan.renames(self.survey) {
             out.push_str(&format!("  {} is now called {}\n", self.path(from), self.path(to)));
         }

@@ -18,7 +18,7 @@ use pleach_store::{Access, Disk, RealDisk, Role};
 use sha2::{Digest, Sha256};
 
 use crate::args::{DemoArgs, TreeArgs};
-use crate::delete::View;
+use crate::delete::{Verb, View};
 use crate::output;
 
 const MIB: u64 = 1 << 20;
@@ -254,7 +254,7 @@ fn delete_and_compare(dir: &Path, node: &str, keep: Keep, before: &BTreeMap<Stri
     };
     let request = DeleteRequest { name: node.to_owned(), mode: DeleteMode::Single, keep, whole_tree: false };
     let prepared = prepare(&RealDisk, &survey, &family, &request, true)?;
-    let view = View { survey: &survey, base: dir, bytes: false };
+    let view = View { survey: &survey, base: dir, bytes: false, verb: Verb::Delete };
     output::print(&view.text(&prepared.plan));
     execute(&RealDisk, &survey, prepared, &Arc::new(Watch::new()))?;
     output::print("\n");

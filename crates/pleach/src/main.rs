@@ -14,6 +14,7 @@ mod demo;
 mod info;
 mod libvirt;
 mod map;
+mod merge;
 mod output;
 mod progress;
 mod rebase;
@@ -48,6 +49,8 @@ fn main() -> ExitCode {
         Command::Convert(args) => (args.copy.json, convert::run(&args)),
         Command::Measure(args) => (args.copy.json, convert::measure(&args)),
         Command::Delete(args) => (args.act.json, delete::run(&args)),
+        Command::Merge(args) => (args.act.json, merge::run(&args)),
+        Command::Squash(args) => (args.act.json, merge::squash(&args)),
         Command::Rebase(args) => (args.act.json, rebase::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),
         Command::Demo(args) => (false, demo::run(&args)),

@@ -9,7 +9,7 @@ use pleach_store::{Disk, RealDisk};
 
 use crate::act::{carry_out, start_jobs};
 use crate::args::RebaseArgs;
-use crate::delete::View;
+use crate::delete::{Verb, View};
 use crate::output;
 use crate::target::{Target, directory};
 
@@ -30,7 +30,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode> {
     };
     let request = RebaseRequest { image, onto, unchecked: args.unchecked };
     let prepared = prepare_rebase(&RealDisk, &survey, &request, !args.act.dry_run)?;
-    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes };
+    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Rebase };
     carry_out(&view, prepared, &args.act)
 }
 

@@ -1,4 +1,4 @@
-//! SIGKILL at random moments of a deletion: every node that stays reads right at once, and `resume` finishes.
+//! SIGKILL at random moments of a deletion, merge or rebase: every node that stays reads right at once, and `resume` finishes.
 //!
 //! `PLEACH_LONG=1` kills more often; `PLEACH_SEED=…` draws other moments, `PLEACH_KEEP=1` keeps the files.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
@@ -20,13 +20,31 @@ const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
 /// Bytes of a guest disk.
 const DISK: u64 = 16 << 20;
 
-/// A tree, the node to delete from it, and how.
+/// A tree, and what is done to it.
 struct Scenario {
     name: &'static str,
     build: fn(&Path) -> Forest,
-    victim: &'static str,
-    flags: &'static [&'static str],
-    removal: Removal,
+    /// The words, images named from the tree's directory; for `delete` and `squash` the directory comes after the verb.
+    command: Vec<&'static str>,
+    /// Nodes that are not promised to be read any more.
+    goes: Vec<&'static str>,
+    /// A node that may be found under the name of another one of these.
+    moves: Option<(&'static str, &'static str)>,
+    after: Box<dyn Fn(&Forest) -> Forest + Sync>,
+}
+
+impl Scenario {
+    fn delete(
+        name: &'static str,
+        build: fn(&Path) -> Forest,
+        flags: &[&'static str],
+        removal: Removal,
+        heir: Option<&'static str>,
+    ) -> Self {
+        let command = [&["delete", ".", "N"], flags].concat();
+        let after = Box::new(move |forest: &Forest| forest.after("N", &removal));
+        Self { name, build, command, goes: vec!["N"], moves: heir.map(|heir| (heir, "N")), after }
+    }
 }
 
 /// What became of the nodes.
@@ -34,34 +52,28 @@ struct Scenario {
 enum Stage {
     /// The killed process had not begun, or what it began was taken back.
     Before,
-    /// The deletion is complete.
+    /// The operation is complete.
     After,
 }
 
 #[test]
 fn several_dependents() {
-    let scenario = Scenario { name: "several", build: wide, victim: "N", flags: &[], removal: Removal::Pull };
+    let scenario = Scenario::delete("several", wide, &[], Removal::Pull, None);
     kill_often(&scenario, if long_mode() { 200 } else { 30 });
 }
 
 #[test]
 fn several_dependents_one_takes_over_the_name() {
-    let scenario = Scenario {
-        name: "heir",
-        build: wide,
-        victim: "N",
-        flags: &["--keep", "parent=D2"],
-        removal: Removal::TakeOver("D2".to_owned()),
-    };
-    kill_often(&scenario, if long_mode() { 60 } else { 6 });
+    let removal = Removal::TakeOver("D2".to_owned());
+    let scenario = Scenario::delete("heir", wide, &["--keep", "parent=D2"], removal, Some("D2"));
+    kill_often(&scenario, few());
 }
 
 #[test]
 fn one_dependent_keeps_its_name() {
     for (name, build) in [("narrow-child", narrow as fn(&Path) -> Forest), ("thin-child", thin)] {
-        let scenario =
-            Scenario { name, build, victim: "N", flags: &["--keep", "child"], removal: Removal::Pull };
-        kill_often(&scenario, if long_mode() { 60 } else { 6 });
+        let scenario = Scenario::delete(name, build, &["--keep", "child"], Removal::Pull, None);
+        kill_often(&scenario, few());
     }
 }
 
@@ -71,9 +83,38 @@ fn one_dependent_takes_over_the_name() {
         [("narrow-parent", narrow as fn(&Path) -> Forest), ("thin-parent", thin), ("raw", on_raw)]
     {
         let removal = Removal::TakeOver("D".to_owned());
-        let scenario = Scenario { name, build, victim: "N", flags: &["--keep", "parent"], removal };
-        kill_often(&scenario, if long_mode() { 60 } else { 6 });
+        let scenario = Scenario::delete(name, build, &["--keep", "parent"], removal, Some("D"));
+        kill_often(&scenario, few());
     }
+}
+
+/// Both directions, under both names.
+#[test]
+fn a_run_becomes_one_image() {
+    for (name, build) in [("narrow-run", narrow as fn(&Path) -> Forest), ("thin-run", thin)] {
+        for keep_top in [false, true] {
+            let keep = if keep_top { "top" } else { "base" };
+            let command = vec!["merge", "D.qcow2", "--into", "P.qcow2", "--keep", keep];
+            let after = Box::new(move |forest: &Forest| forest.merged("D", "P", keep_top));
+            let moves = (!keep_top).then_some(("D", "P"));
+            kill_often(&Scenario { name, build, command, goes: vec!["N", "P"], moves, after }, few());
+        }
+    }
+}
+
+#[test]
+fn an_image_gets_another_backing_file() {
+    for (onto, parent) in [("none", None), ("E1.qcow2", Some("E1"))] {
+        let command = vec!["rebase", "E2.qcow2", "--onto", onto];
+        let after = Box::new(move |forest: &Forest| forest.rebased("E2", parent));
+        let scenario = Scenario { name: onto, build: narrow, command, goes: Vec::new(), moves: None, after };
+        kill_often(&scenario, if long_mode() { 200 } else { 10 });
+    }
+}
+
+/// How often a scenario is killed that is one of many.
+fn few() -> u32 {
+    if long_mode() { 60 } else { 6 }
 }
 
 /// P <- N <- D1..D4, each with a child of its own.
@@ -152,7 +193,7 @@ fn read(dir: &Path, nodes: &[(&str, Option<&str>)]) -> Forest {
     Forest::read(dir, &named)
 }
 
-/// Kills the deletion `kills` times, spread over the time that it takes when nobody kills it.
+/// Kills the operation `kills` times, spread over the time that it takes when nobody kills it.
 fn kill_often(scenario: &Scenario, kills: u32) {
     let seed = chosen_seed().unwrap_or(0x5e_ed);
     let _seed = OnFailure::print_seed(seed, scenario.name);
@@ -161,7 +202,7 @@ fn kill_often(scenario: &Scenario, kills: u32) {
     let template = work.join("template");
     std::fs::create_dir(&template).unwrap();
     let before = (scenario.build)(&template);
-    let after = before.after(scenario.victim, &scenario.removal);
+    let after = (scenario.after)(&before);
     let case = Case { scenario, work: &work, template: &template, before: &before, after: &after };
     let whole = case.uninterrupted();
     let mut seen: BTreeMap<String, u32> = BTreeMap::new();
@@ -187,10 +228,13 @@ struct Case<'a> {
 }
 
 impl Case<'_> {
-    fn delete(&self, dir: &Path) -> Vec<String> {
-        let mut command = vec!["delete", text(dir), self.scenario.victim, "--yes"];
-        command.extend(self.scenario.flags);
-        command.into_iter().map(str::to_owned).collect()
+    fn command(&self, dir: &Path) -> Vec<String> {
+        let place = |word: &&str| match *word {
+            "." => text(dir).to_owned(),
+            word if word.ends_with(".qcow2") => text(&dir.join(word)).to_owned(),
+            word => word.to_owned(),
+        };
+        self.scenario.command.iter().map(place).chain(["--yes".to_owned()]).collect()
     }
 
     /// A fresh copy of the tree.
@@ -207,7 +251,7 @@ impl Case<'_> {
     fn uninterrupted(&self) -> Duration {
         let mut times = [(); 3].map(|()| {
             let dir = self.copy();
-            let outcome = Tool::new(PLEACH).succeed(&self.delete(&dir));
+            let outcome = Tool::new(PLEACH).succeed(&self.command(&dir));
             assert_eq!(self.after.problems(&dir), Vec::<String>::new(), "without a kill: {outcome}");
             assert_eq!(unfinished(&dir), Vec::<String>::new(), "without a kill: {outcome}");
             outcome.elapsed
@@ -220,7 +264,7 @@ impl Case<'_> {
     fn kill_once(&self, delay: Duration, again: Option<Duration>, label: &str) -> String {
         let pleach = Tool::new(PLEACH);
         let dir = self.copy();
-        let killed = pleach.spawn(&self.delete(&dir)).kill_after(delay);
+        let killed = pleach.spawn(&self.command(&dir)).kill_after(delay);
         assert!(matches!(killed.code, None | Some(0)), "{label}: {killed}");
         assert_eq!(self.problems_midway(&dir), Vec::<String>::new(), "{label}: {killed}");
         let had_journal = !unfinished(&dir).is_empty();
@@ -235,8 +279,8 @@ impl Case<'_> {
         let stage = self.stage(&dir, label, &resumed);
         self.second_resume_changes_nothing(&dir, label);
         if stage == Stage::Before {
-            pleach.succeed(&self.delete(&dir));
-            assert_eq!(self.stage(&dir, label, &resumed), Stage::After, "{label}: deleted again");
+            pleach.succeed(&self.command(&dir));
+            assert_eq!(self.stage(&dir, label, &resumed), Stage::After, "{label}: once more");
         }
         let shown = pleach.json(&["tree", text(&dir), "--json"]);
         assert_eq!(self.after.tree_problems(&shown), Vec::<String>::new(), "{label}");
@@ -244,18 +288,21 @@ impl Case<'_> {
         format!("{fate}, journal: {had_journal}, after resume: {stage:?}")
     }
 
-    /// What stock QEMU would find wrong right now with any node but the victim.
+    /// What stock QEMU would find wrong right now with any node that stays.
     fn problems_midway(&self, dir: &Path) -> Vec<String> {
         let nodes: Vec<&str> =
-            self.before.iter().map(|(name, _)| name).filter(|n| *n != self.scenario.victim).collect();
+            self.before.iter().map(|(name, _)| name).filter(|n| !self.scenario.goes.contains(n)).collect();
         oracle::in_parallel(&nodes, |name| self.node_midway(dir, name)).into_iter().flatten().collect()
     }
 
     fn node_midway(&self, dir: &Path, name: &str) -> Vec<String> {
         let mut state = self.before.state(name);
-        if !dir.join(&state.file).exists() && self.scenario.removal == Removal::TakeOver(name.to_owned()) {
+        if let Some((mover, heir)) = self.scenario.moves
+            && mover == name
+            && !dir.join(&state.file).exists()
+        {
             // It has moved to the other of its two legal names.
-            state = self.after.state(self.scenario.victim);
+            state = self.after.state(heir);
         }
         let path = dir.join(&state.file);
         let mut found = content_problems(&path, state.format, self.before.state(name).digest);
@@ -268,7 +315,7 @@ impl Case<'_> {
         found
     }
 
-    /// After `resume`, all is as before the deletion or as after it, and clean: nothing in between, nothing left.
+    /// After `resume`, all is as before the operation or as after it, and clean: nothing in between, nothing left.
     fn stage(&self, dir: &Path, label: &str, resumed: &Outcome) -> Stage {
         assert_eq!(unfinished(dir), Vec::<String>::new(), "{label}: {resumed}");
         let not_after = self.after.problems(dir);

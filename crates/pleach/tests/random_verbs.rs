@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use pleach_testkit::files::{changes, copy_dir, listing, unfinished};
+use pleach_testkit::files::{changes, copy_dir, image_names, listing, unfinished};
 use pleach_testkit::oracle::text;
 use pleach_testkit::{Forest, Format, OnFailure, RandomTree, Rng, Tool, WorkDir, chosen_seed, long_mode};
 use serde_json::Value;
@@ -45,14 +45,58 @@ fn run_tree(seed: u64) -> usize {
         if std::env::var_os("PLEACH_KEEP").is_some() {
             copy_dir(&tree.dir, &work.join(format!("before-{step}")));
         }
-        let (command, after) = rebase(&mut rng, &tree.dir, &forest);
-        forest = carry_out(&tree.dir, &command, after, &format!("seed {seed:#x}, step {step}: {command:?}"));
+        let operation = match rng.below(3) {
+            0 => rebase(&mut rng, &tree.dir, &forest),
+            _ => merge(&mut rng, &tree.dir, &forest).unwrap_or_else(|| rebase(&mut rng, &tree.dir, &forest)),
+        };
+        let label = format!("seed {seed:#x}, step {step}: {:?}", operation.command);
+        forest = carry_out(&tree.dir, &forest, operation, &label);
     }
     steps
 }
 
+/// A call of pleach, and what it makes of the model.
+struct Operation {
+    command: Vec<String>,
+    /// One model, or two where pleach chooses; none where it must refuse.
+    after: Vec<Forest>,
+}
+
+/// Any run of two files or more.
+fn merge(rng: &mut Rng, dir: &Path, forest: &Forest) -> Option<Operation> {
+    let tops: Vec<&str> =
+        forest.iter().filter(|(_, state)| state.parent.is_some()).map(|(name, _)| name).collect();
+    if tops.is_empty() {
+        return None;
+    }
+    // Nobody but the file above may stand on the lower ones: mostly such a run, where there is one.
+    let alone =
+        |top: &str| forest.ancestors(top).iter().take_while(|n| forest.children(n).len() == 1).count();
+    let fine: Vec<&str> = tops.iter().copied().filter(|top| alone(top) > 0).collect();
+    let any = fine.is_empty() || rng.chance(10);
+    let top = *rng.pick(if any { &tops } else { &fine });
+    let ancestors = forest.ancestors(top);
+    let (most, all) = (alone(top), ancestors.len());
+    let depth = if most == 0 || rng.chance(10) { rng.index(all) } else { rng.index(most) };
+    let base = &ancestors[depth];
+    let file = |name: &str| text(&dir.join(&forest.state(name).file)).to_owned();
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+    let (command, kept): (_, &[bool]) = match rng.below(5) {
+        0 => (words(&["squash", text(dir), base, top]), &[true]),
+        1 => (words(&["merge", &file(top), "--into", &file(base), "--keep", "top"]), &[true]),
+        2 => (words(&["merge", &file(top), "--into", &file(base), "--keep", "auto"]), &[true, false]),
+        3 => (words(&["merge", &file(top), "--into", &file(base), "--keep", "base"]), &[false]),
+        _ => (words(&["merge", &file(top), "--into", &file(base)]), &[false]),
+    };
+    let kept = if depth < most { kept } else { &[] };
+    Some(Operation {
+        command,
+        after: kept.iter().map(|top_kept| forest.merged(top, base, *top_kept)).collect(),
+    })
+}
+
 /// Any image, onto any other that does not stand on it, or onto nothing.
-fn rebase(rng: &mut Rng, dir: &Path, forest: &Forest) -> (Vec<String>, Forest) {
+fn rebase(rng: &mut Rng, dir: &Path, forest: &Forest) -> Operation {
     let images: Vec<&str> =
         forest.iter().filter(|(_, state)| state.format == Format::Qcow2).map(|(name, _)| name).collect();
     let image = (*rng.pick(&images)).to_owned();
@@ -74,26 +118,42 @@ fn rebase(rng: &mut Rng, dir: &Path, forest: &Forest) -> (Vec<String>, Forest) {
             }
         }
     }
-    let after = forest.rebased(&image, onto.as_deref());
-    (command, after)
+    Operation { command, after: vec![forest.rebased(&image, onto.as_deref())] }
 }
 
 /// Plans the operation, carries it out, and compares everything that can be seen with the model.
-fn carry_out(dir: &Path, command: &[String], after: Forest, label: &str) -> Forest {
+fn carry_out(dir: &Path, before: &Forest, operation: Operation, label: &str) -> Forest {
     let pleach = Tool::new(PLEACH);
     let with = |more: &[&str]| {
-        command.iter().map(String::as_str).chain(more.iter().copied()).map(str::to_owned).collect::<Vec<_>>()
+        let command = operation.command.iter().map(String::as_str);
+        command.chain(more.iter().copied()).map(str::to_owned).collect::<Vec<_>>()
     };
     let files = listing(dir);
+    let unchanged = || changes(&files, &listing(dir));
+    if operation.after.is_empty() {
+        for more in [&["-n"][..], &["--yes"]] {
+            let outcome = pleach.run(&with(more));
+            assert_eq!(outcome.code, Some(6), "{label}: {}", outcome.text());
+            assert!(outcome.text().contains("still read by"), "{label}: {}", outcome.text());
+        }
+        assert_eq!(unchanged(), Vec::<String>::new(), "{label}");
+        return before.clone();
+    }
     let planned = pleach.json(&with(&["-n", "--json"]));
-    assert_eq!(changes(&files, &listing(dir)), Vec::<String>::new(), "{label}: a dry run changed something");
+    assert_eq!(unchanged(), Vec::<String>::new(), "{label}: a dry run changed something");
     let done = pleach.json(&with(&["--yes", "--json"]));
     for key in ["bytes_written", "bytes_cloned", "bytes_freed"] {
         assert_eq!(number(&planned, key), number(&done, key), "{label}: planned {planned}, done {done}");
     }
+    let there = |forest: &&Forest| {
+        let mut files: Vec<&str> = forest.iter().map(|(_, state)| state.file.as_str()).collect();
+        files.sort_unstable();
+        files == image_names(dir)
+    };
+    let after = operation.after.iter().find(there).unwrap_or(&operation.after[0]);
     assert_eq!(after.problems(dir), Vec::<String>::new(), "{label}: planned {planned}");
     assert_eq!(unfinished(dir), Vec::<String>::new(), "{label}");
-    after
+    after.clone()
 }
 
 fn number(document: &Value, key: &str) -> u64 {
