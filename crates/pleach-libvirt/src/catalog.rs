@@ -84,7 +84,7 @@ fn disks(ordered: &[&Snapshot], domain: Option<&DomainDocument>, current: Option
 }
 
 /// The file that the machine writes to, as its current snapshot says.
-fn in_use(current: &Facts, disk: &str) -> Option<String> {
+pub(crate) fn in_use(current: &Facts, disk: &str) -> Option<String> {
     match current.mode_of(disk) {
         DiskMode::External => overlay(current, disk),
         DiskMode::Internal => current.domain.as_ref()?.disk(disk)?.source.path.clone(),

@@ -40,6 +40,7 @@ mod facts;
 mod forest;
 mod script;
 mod snapshot;
+mod verify;
 mod xml;
 
 #[cfg(test)]
@@ -54,4 +55,5 @@ pub use facts::{Facts, Memory, State};
 pub use forest::{ForestProblem, lineage, parents_first, problems, storage};
 pub use script::redefine_script;
 pub use snapshot::{DiskList, NewDisk, Snapshot};
+pub use verify::{Finding, ImageFacts, Severity, verify};
 pub use xml::MOST_BYTES;

@@ -48,7 +48,7 @@ pub(crate) enum Command {
     Resume(ResumeArgs),
     /// Build a tree of real images, delete nodes from it every way, and prove that nothing else changed
     Demo(DemoArgs),
-    /// Read and write libvirt's snapshot documents
+    /// Read and write libvirt's snapshot documents, and compare them with the images
     Libvirt(crate::libvirt::LibvirtArgs),
 }
 

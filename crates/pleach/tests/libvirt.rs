@@ -287,6 +287,64 @@ fn libvirt_takes_an_imported_tree_back() {
 }
 
 #[test]
+fn images_that_are_not_what_the_documents_say_are_found() {
+    let dir = WorkDir::new("libvirt-verify");
+    let path = |name: &str| dir.join(name).display().to_string();
+    machine(&dir);
+    let (xml, vm) = (path("xml"), path("vm.xml"));
+    let findings = |code: i32| {
+        let outcome = pleach(&["libvirt", "verify", &xml, "--domain", &vm, "--json"]);
+        assert_eq!(outcome.code, Some(code), "{outcome}");
+        let all = outcome.json()["findings"].as_array().unwrap().clone();
+        let shown = |one: &serde_json::Value| {
+            let name = one["snapshot"].as_str().unwrap_or_default();
+            format!("{} {name}", one["code"].as_str().unwrap())
+        };
+        let serious = all.iter().filter(|one| one["severity"] != "refuses");
+        serious.map(shown).map(|one| one.trim().to_owned()).collect::<Vec<_>>()
+    };
+    // Three files stand on A, in which i is: going back to i would rewrite it below them.
+    let sound = ["revert-rewrites-backing-file i".to_owned()];
+    assert_eq!(findings(4), sound);
+
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", &path("B.qcow2"), &path("U.qcow2")]);
+    qemu_img(&["snapshot", "-c", "inside", &path("B.qcow2")]);
+    qemu_img(&["snapshot", "-d", "i", &path("A.qcow2")]);
+    fs::remove_file(dir.join("D.qcow2")).unwrap();
+    let found = findings(4);
+    for want in
+        ["untracked-overlay", "internal-missing i", "revert-rewrites-backing-file i", "file-missing c"]
+    {
+        assert!(found.iter().any(|one| one == want), "{want}: {found:?}");
+    }
+    let text = pleach(&["libvirt", "verify", &xml]);
+    assert!(text.stdout.contains("loses data") && text.stdout.contains("U.qcow2"), "{text}");
+    assert!(text.stderr.contains("--domain"), "{text}");
+
+    // A catalog is looked at as what it would be exported as.
+    qemu_img(&["create", "-q", "-f", "qcow2", &path("S.qcow2"), "1M"]);
+    qemu_img(&["snapshot", "-c", "s", &path("S.qcow2")]);
+    fs::create_dir(dir.join("one")).unwrap();
+    let single = Record {
+        name: "s",
+        parent: "",
+        disk: "snapshot='internal'/>".into(),
+        frozen: "S.qcow2".into(),
+        backing: String::new(),
+        current: true,
+    };
+    fs::write(dir.join("one/s.xml"), document(&dir, &single)).unwrap();
+    fs::write(dir.join("one/vm.xml"), domain(&dir.join("S.qcow2"), "")).unwrap();
+    succeed(&["libvirt", "import", &path("one"), "--name", "single"]);
+    let outcome = pleach(&["libvirt", "verify", &path(".pleach/single.tree")]);
+    assert_eq!(outcome.code, Some(0), "{outcome}");
+    assert!(
+        outcome.stdout.contains("1 snapshots: 0 ways to lose data, 0 crashes, 0 differences"),
+        "{outcome}"
+    );
+}
+
+#[test]
 fn what_cannot_be_is_refused_and_nothing_is_written() {
     let dir = WorkDir::new("libvirt-refused");
     let path = |name: &str| dir.join(name).display().to_string();

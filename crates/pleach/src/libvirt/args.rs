@@ -20,6 +20,8 @@ pub(crate) enum LibvirtCommand {
     Import(ImportArgs),
     /// Write a catalog's snapshots as documents that libvirt takes, with the script that gives them to it
     Export(ExportArgs),
+    /// Compare documents with the images, and say where libvirt would lose data
+    Verify(VerifyArgs),
 }
 
 #[derive(Debug, Args)]
@@ -59,4 +61,13 @@ pub(crate) struct ExportArgs {
     /// The machine's definition, for snapshots that did not come from libvirt
     #[arg(long, value_name = "FILE")]
     pub(crate) domain: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// Documents, or directories of them; or a catalog, as it would be exported
+    #[arg(required = true, value_name = "DIR|FILE")]
+    pub(crate) documents: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
 }

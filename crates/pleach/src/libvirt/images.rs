@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use pleach_engine::Result;
-use pleach_engine::survey::{FileFormat, Survey, Trust};
+use pleach_engine::survey::{Backing, FileFormat, Survey, Trust};
+use pleach_libvirt::ImageFacts;
 use pleach_store::{Disk, FileKind, RealDisk};
 
 use crate::target::directory;
@@ -45,5 +46,34 @@ impl Images {
             self.survey.files.get(place)?.snapshots.iter().filter(|one| one.name == name.as_bytes());
         let (first, second) = (all.next()?, all.next());
         second.is_none().then(|| String::from_utf8_lossy(&first.id).into_owned())
+    }
+
+    /// Every image, by its path behind all links.
+    pub(crate) fn facts(&self) -> Vec<(String, ImageFacts)> {
+        let real =
+            |path: &Path| RealDisk.canonical(path).unwrap_or_else(|_| path.to_owned()).display().to_string();
+        let mut all = Vec::new();
+        for file in &self.survey.files {
+            let backing = match &file.backing {
+                Backing::File(place) => self.survey.files.get(*place).map(|one| real(&one.path)),
+                Backing::Broken { name, .. } => Some(name.clone()),
+                Backing::None => None,
+            };
+            let named = file.header.as_ref().and_then(|header| header.backing()).map(|backing| &backing.name);
+            all.push((
+                real(&file.path),
+                ImageFacts {
+                    format: file.format.name().to_owned(),
+                    backing,
+                    is_relative: named.is_some_and(|name| !name.starts_with(b"/")),
+                    snapshots: file
+                        .snapshots
+                        .iter()
+                        .map(|one| String::from_utf8_lossy(&one.name).into_owned())
+                        .collect(),
+                },
+            ));
+        }
+        all
     }
 }

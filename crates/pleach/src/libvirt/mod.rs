@@ -5,6 +5,7 @@ mod export;
 mod images;
 mod import;
 mod read;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ pub(crate) fn run(args: &LibvirtArgs) -> Result<ExitCode> {
     match &args.command {
         LibvirtCommand::Import(command) => import::run(command, args.json),
         LibvirtCommand::Export(command) => export::run(command, args.json),
+        LibvirtCommand::Verify(command) => verify::run(command, args.json),
     }
 }
 
