@@ -49,7 +49,8 @@ pub(crate) fn snapshot_covers(path: &Path, image: &Image) -> Result<Vec<Cover>> 
     let wrap = |e| Error::image(path, e);
     let mut known: HashMap<_, Cover> = HashMap::new();
     let (mut bytes, mut covers) = (0, Vec::new());
-    for snapshot in image.snapshots().map_err(wrap)? {
+    for snapshot in image.each_snapshot().map_err(wrap)? {
+        let snapshot = snapshot.map_err(wrap)?;
         let key = (snapshot.l1_table_offset, snapshot.l1_size, snapshot.disk_size);
         if let Some(cover) = known.get(&key) {
             covers.push(cover.clone());

@@ -105,7 +105,7 @@ fn scan(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Scanned> {
         cover: Cover::of_runs(layer.size(), &runs),
         runs,
         shape: image.map(|i| shape_of(i, i.size())),
-        no_bitmaps: image.is_none_or(|i| i.bitmaps().is_ok_and(|b| b.is_empty())),
+        no_bitmaps: image.is_none_or(|i| i.each_bitmap().is_ok_and(|mut b| b.next().is_none())),
         writable: image.is_none_or(|i| i.check_mergeable().is_ok()),
         cluster,
         allocated: layer.store().data_ranges(0..len).map_err(|e| Error::io("find the data of", path, e))?,

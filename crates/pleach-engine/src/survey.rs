@@ -126,6 +126,8 @@ pub struct Survey {
     /// Directories that were searched for dependents.
     pub directories: Vec<PathBuf>,
     aliases: Vec<(PathBuf, FileId)>,
+    /// Internal snapshots were looked at, but are not kept.
+    links_only: bool,
     by_id: HashMap<FileId, usize>,
     roots: Roots,
 }
@@ -137,6 +139,21 @@ impl Survey {
     /// A directory that cannot be read. Images that cannot be read are part of the result.
     pub fn of_directories(disk: &dyn Disk, directories: &[PathBuf], trust: &Trust) -> Result<Self> {
         let mut survey = Self { roots: Roots::of(disk, directories, trust)?, ..Self::default() };
+        for dir in directories {
+            survey.add_directory(disk, dir)?;
+        }
+        survey.link(disk);
+        Ok(survey)
+    }
+
+    /// As [`of_directories`](Self::of_directories), for those who only ask who stands on whom: the internal snapshots, of
+    /// which there may be much, are left out of [`SurveyFile::snapshots`].
+    ///
+    /// # Errors
+    /// As [`of_directories`](Self::of_directories).
+    pub fn of_links(disk: &dyn Disk, directories: &[PathBuf], trust: &Trust) -> Result<Self> {
+        let roots = Roots::of(disk, directories, trust)?;
+        let mut survey = Self { roots, links_only: true, ..Self::default() };
         for dir in directories {
             survey.add_directory(disk, dir)?;
         }
@@ -304,7 +321,9 @@ impl Survey {
         let (header, snapshots) = match format {
             FileFormat::Raw => (None, Vec::new()),
             FileFormat::Qcow2 => match read_head(store).and_then(|head| {
-                let snapshots = Image::read_snapshots(store, &head.header)?;
+                let kept = !self.links_only;
+                let all = Image::each_snapshot_of(store, &head.header)?;
+                let snapshots = all.filter(|s| kept || s.is_err()).collect::<Result<_, _>>()?;
                 Ok((head.header, snapshots))
             }) {
                 Ok((header, snapshots)) => (Some(header), snapshots),

@@ -60,7 +60,8 @@ impl Image {
         let mut bytes = 0;
         let mut states = Vec::new();
         let mut entries = Entries::new(self);
-        for snapshot in self.snapshots()? {
+        for snapshot in self.each_snapshot()? {
+            let snapshot = snapshot?;
             let key = (snapshot.l1_table_offset, snapshot.l1_size);
             if let Some(clusters) = known.get(&key) {
                 states.push(Arc::clone(clusters));

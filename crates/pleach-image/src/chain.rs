@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pleach_format::Mapping;
+use pleach_format::{CompressionType, Mapping};
 use pleach_store::Store;
 
 use crate::{Image, ImageError};
@@ -184,6 +184,29 @@ impl Chain {
             }
         }
         Ok(())
+    }
+
+    /// Reads a stretch that [`pieces`](Self::pieces) gave, of the length of `out`, if it is one compressed cluster of that length and type: the
+    /// number of its compressed bytes, which are then behind the end of `packed`. `None`, with nothing read, if it is not,
+    /// or if it does not tell where it ends.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at): compressed bytes that do not decompress to the cluster are not given.
+    pub fn read_packed(
+        &self,
+        piece: &Piece,
+        compression: CompressionType,
+        packed: &mut Vec<u8>,
+        out: &mut [u8],
+    ) -> Result<Option<usize>, ImageError> {
+        let PieceKind::Compressed { layer } = piece.kind else { return Ok(None) };
+        let image = self.layers.get(layer).and_then(|l| l.image());
+        let alike = image.filter(|image| {
+            let cluster = image.geometry().cluster_size();
+            image.header().compression() == compression && piece.len == cluster && out.len() as u64 == cluster
+        });
+        let Some(image) = alike else { return Ok(None) };
+        image.read_packed(piece.guest, packed, out).map_err(self.in_layer(layer))
     }
 
     fn read_from(&self, depth: usize, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {

@@ -134,16 +134,35 @@ fn is_noise(cluster: &[u8]) -> bool {
     counts.iter().map(|&count| count.abs_diff(expected).pow(2)).sum::<u64>() < 2 * 256 * expected
 }
 
-/// Inflates one cluster into `out`, which it must fill. More output than that is ignored, as QEMU does; what follows
-/// the stream in `input` is another cluster's or nobody's.
-pub(crate) fn inflate(input: &[u8], out: &mut [u8]) -> bool {
+/// How much of its input a cluster was, where that can be told.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// So many bytes, and what follows them is not needed.
+    Exactly(usize),
+    /// The cluster is full before its data end.
+    Unknown,
+}
+
+/// Decompresses one cluster into `out`, which it must fill; `None` if it does not. What follows it in `input` is another
+/// cluster's or nobody's.
+pub(crate) fn unpack(compression: CompressionType, input: &[u8], out: &mut [u8]) -> Option<Taken> {
+    match compression {
+        CompressionType::Deflate => inflate(input, out),
+        CompressionType::Zstd => unzstd(input, out),
+    }
+}
+
+/// More output than fits is ignored, as QEMU does.
+fn inflate(input: &[u8], out: &mut [u8]) -> Option<Taken> {
     let want = out.len() as u64;
     INFLATER.with_borrow_mut(|stream| {
         stream.reset(false);
-        match stream.decompress(input, out, FlushDecompress::Finish) {
-            Ok(Status::StreamEnd | Status::Ok | Status::BufError) => stream.total_out() == want,
-            Err(_) => false,
-        }
+        let status = stream.decompress(input, out, FlushDecompress::Finish).ok()?;
+        let taken = match status {
+            Status::StreamEnd => Taken::Exactly(usize::try_from(stream.total_in()).ok()?),
+            Status::Ok | Status::BufError => Taken::Unknown,
+        };
+        (stream.total_out() == want).then_some(taken)
     })
 }
 
@@ -153,29 +172,32 @@ thread_local! {
     static UNZSTD: RefCell<DCtx<'static>> = RefCell::new(DCtx::create());
 }
 
-/// Decompresses one cluster of zstd frames into `out`, which they must fill exactly; what follows in `input` is another
-/// cluster's or nobody's.
-pub(crate) fn unzstd(input: &[u8], out: &mut [u8]) -> bool {
+/// zstd frames, which must fill `out` exactly.
+fn unzstd(input: &[u8], out: &mut [u8]) -> Option<Taken> {
     UNZSTD.with_borrow_mut(|context| {
-        context.reset(ResetDirective::SessionOnly).is_ok() && unzstd_with(context, input, out)
+        context.reset(ResetDirective::SessionOnly).ok()?;
+        unzstd_with(context, input, out)
     })
 }
 
-fn unzstd_with(context: &mut DCtx<'_>, input: &[u8], out: &mut [u8]) -> bool {
+fn unzstd_with(context: &mut DCtx<'_>, input: &[u8], out: &mut [u8]) -> Option<Taken> {
     let mut from = zstd_safe::InBuffer::around(input);
     let mut to = zstd_safe::OutBuffer::around(out);
     while to.pos() < to.capacity() {
         let before = (from.pos(), to.pos());
         match context.decompress_stream(&mut to, &mut from) {
-            Err(_) => return false,
+            Err(_) => return None,
             // Nothing moved: the input is at its end.
-            Ok(_) if before == (from.pos(), to.pos()) => return false,
+            Ok(_) if before == (from.pos(), to.pos()) => return None,
             // The last frame must end where the cluster does.
-            Ok(left) if to.pos() == to.capacity() => return left == 0 || ends_here(context, from),
+            Ok(0) if to.pos() == to.capacity() => return Some(Taken::Exactly(from.pos())),
+            Ok(_) if to.pos() == to.capacity() => {
+                return ends_here(context, from).then_some(Taken::Unknown);
+            }
             Ok(_) => {}
         }
     }
-    true
+    Some(Taken::Unknown)
 }
 
 /// Whether a frame whose output is complete ends without giving more.
@@ -227,11 +249,11 @@ mod tests {
                         assert_eq!(out.len(), 3 + packed.unwrap_or(0), "{name} cluster {n}");
                         if fits {
                             let mut back = vec![0xaa; len];
-                            let whole = match compression {
-                                CompressionType::Deflate => inflate(&out[3..], &mut back),
-                                CompressionType::Zstd => unzstd(&out[3..], &mut back),
-                            };
-                            assert!(whole && back == *cluster, "{name} cluster {n}");
+                            let taken = unpack(compression, &out[3..], &mut back);
+                            assert!(
+                                taken == Some(Taken::Exactly(out.len() - 3)) && back == *cluster,
+                                "{name} cluster {n}"
+                            );
                         }
                     }
                 }
@@ -259,11 +281,11 @@ mod tests {
                     if let Some(packed) = compressor.compress(&cluster) {
                         let mut back = vec![0; 512];
                         assert!(packed.len() < 512);
-                        let whole = match compression {
-                            CompressionType::Deflate => inflate(&packed, &mut back),
-                            CompressionType::Zstd => unzstd(&packed, &mut back),
-                        };
-                        assert!(whole && back == cluster, "{compression:?} {level}");
+                        let taken = unpack(compression, &packed, &mut back);
+                        assert!(
+                            taken == Some(Taken::Exactly(packed.len())) && back == cluster,
+                            "{compression:?} {level}"
+                        );
                     }
                 }
             }
@@ -321,15 +343,16 @@ mod tests {
         };
         let mut out = vec![0; 65536];
         let mut one = pack(&data);
+        let bytes = one.len();
         one.resize(one.len().next_multiple_of(512), 0);
-        assert!(unzstd(&one, &mut out) && out == data);
+        assert!(unzstd(&one, &mut out) == Some(Taken::Exactly(bytes)) && out == data);
         out.fill(0);
         let two = [pack(&data[..1000]), pack(&data[1000..])].concat();
-        assert!(unzstd(&two, &mut out) && out == data, "two frames");
-        assert!(!unzstd(&one, &mut vec![0; 131_072]), "shorter than a cluster");
-        assert!(!unzstd(&one, &mut vec![0; 32768]), "longer than a cluster");
-        assert!(!unzstd(&one[..one.len() / 2], &mut out), "cut");
-        assert!(!unzstd(&[0xff; 100], &mut [0; 512]));
+        assert!(unzstd(&two, &mut out).is_some() && out == data, "two frames");
+        assert!(unzstd(&one, &mut vec![0; 131_072]).is_none(), "shorter than a cluster");
+        assert!(unzstd(&one, &mut vec![0; 32768]).is_none(), "longer than a cluster");
+        assert!(unzstd(&one[..one.len() / 2], &mut out).is_none(), "cut");
+        assert!(unzstd(&[0xff; 100], &mut [0; 512]).is_none());
     }
 
     #[test]
@@ -337,15 +360,22 @@ mod tests {
         let data: Vec<u8> = (0..65536u32).map(|i| ((i * i) >> 7).to_be_bytes()[3]).collect();
         for window in [12, 15] {
             let mut packed = deflate(&data, window);
+            let bytes = packed.len();
             packed.extend([0xaa; 300]);
             let mut out = vec![0; 65536];
-            assert!(inflate(&packed, &mut out) && out == data, "window {window}");
+            assert!(
+                inflate(&packed, &mut out) == Some(Taken::Exactly(bytes)) && out == data,
+                "window {window}"
+            );
             let mut half = vec![0; 32768];
-            assert!(inflate(&packed, &mut half) && half == data[..32768], "longer than a cluster");
+            assert!(
+                inflate(&packed, &mut half) == Some(Taken::Unknown) && half == data[..32768],
+                "longer than a cluster"
+            );
             let mut double = vec![0; 131_072];
-            assert!(!inflate(&packed, &mut double), "shorter than a cluster");
-            assert!(!inflate(&packed[..packed.len() / 2], &mut out), "cut");
+            assert!(inflate(&packed, &mut double).is_none(), "shorter than a cluster");
+            assert!(inflate(&packed[..packed.len() / 2], &mut out).is_none(), "cut");
         }
-        assert!(!inflate(&[0xff; 100], &mut [0; 512]));
+        assert!(inflate(&[0xff; 100], &mut [0; 512]).is_none());
     }
 }

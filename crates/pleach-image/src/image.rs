@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use pleach_format::{
-    CompressedExtent, CompressionType, ExtendedL2Entry, FormatError, Geometry, GuestOffset, Header,
-    HostCluster, HostOffset, Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList, SnapshotRecord,
+    CompressedExtent, ExtendedL2Entry, FormatError, Geometry, GuestOffset, Header, HostCluster, HostOffset,
+    Incompatible, L1Entry, L2Entry, LuksHeader, Mapping, RunList, SnapshotRecord,
 };
 use pleach_store::{Store, Window};
 use smallvec::SmallVec;
 
-use crate::{ImageError, codec};
+use crate::ImageError;
+use crate::codec::{self, Taken};
 
 /// Enough for nearly every header with its extensions and names.
 const HEAD: usize = 4096;
@@ -465,15 +466,45 @@ impl Image {
         extent: CompressedExtent,
         out: &mut [u8],
     ) -> Result<(), ImageError> {
-        let mut packed = vec![0; usize::try_from(extent.bytes).unwrap_or(0)];
-        self.store
-            .read_at(extent.offset.0, &mut packed)
-            .map_err(ImageError::io("read a compressed cluster"))?;
-        let whole = match self.header().compression() {
-            CompressionType::Deflate => codec::inflate(&packed, out),
-            CompressionType::Zstd => codec::unzstd(&packed, out),
-        };
-        if whole { Ok(()) } else { Err(ImageError::Compressed { guest, offset: extent.offset.0 }) }
+        self.unpack(guest, extent, &mut Vec::new(), out).map(drop)
+    }
+
+    /// The same, with the compressed bytes behind the end of `packed`.
+    fn unpack(
+        &self,
+        guest: u64,
+        extent: CompressedExtent,
+        packed: &mut Vec<u8>,
+        out: &mut [u8],
+    ) -> Result<Taken, ImageError> {
+        let start = packed.len();
+        packed.resize(start + usize::try_from(extent.bytes).unwrap_or(0), 0);
+        let input = packed.get_mut(start..).unwrap_or_default();
+        self.store.read_at(extent.offset.0, input).map_err(ImageError::io("read a compressed cluster"))?;
+        let taken = codec::unpack(self.header().compression(), input, out);
+        taken.ok_or(ImageError::Compressed { guest, offset: extent.offset.0 })
+    }
+
+    /// Reads the cluster that starts at `guest` and is compressed, and gives the number of compressed bytes, which are then
+    /// behind the end of `packed`. `None`, with nothing there, if it is not compressed, or does not tell where it ends.
+    pub(crate) fn read_packed(
+        &self,
+        guest: u64,
+        packed: &mut Vec<u8>,
+        out: &mut [u8],
+    ) -> Result<Option<usize>, ImageError> {
+        let (start, mut len) = (packed.len(), None);
+        self.pieces(guest, out.len() as u64, &mut |at, n, mapping| {
+            if let Mapping::Compressed(extent) = mapping
+                && n == out.len() as u64
+                && let Taken::Exactly(bytes) = self.unpack(at, extent, packed, out)?
+            {
+                len = Some(bytes);
+            }
+            Ok(())
+        })?;
+        packed.truncate(start + len.unwrap_or(0));
+        Ok(len)
     }
 
     /// Bytes of a compressed extent that clusters are counted for: all that it claims, unless it claims a whole cluster

@@ -18,6 +18,17 @@ impl Image {
         snapshots(store, header)?.collect()
     }
 
+    /// The internal snapshots of an image whose header is known, as [`each_snapshot`](Self::each_snapshot) gives them.
+    ///
+    /// # Errors
+    /// As [`read_snapshots`](Self::read_snapshots).
+    pub fn each_snapshot_of<'a>(
+        store: &'a dyn Store,
+        header: &Header,
+    ) -> Result<impl Iterator<Item = Result<SnapshotRecord, ImageError>> + use<'a>, ImageError> {
+        snapshots(store, header)
+    }
+
     /// The internal snapshots, in table order.
     ///
     /// # Errors

@@ -72,6 +72,7 @@ pub(crate) fn walk(image: &Image, sink: &mut Sink<'_>) -> Result<Walked, ImageEr
     walk.l2_tables(sink)?;
     walk.bitmaps(sink)?;
     walk.encryption(sink)?;
+    walk.extensions(sink)?;
     Ok(Walked { census: walk.census, tables: walk.tables, counts })
 }
 
@@ -410,6 +411,31 @@ impl Walk<'_> {
         Ok(())
     }
 
+    /// Header extensions for which QEMU does not open the image, although they say nothing that is used.
+    fn extensions(&self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
+        let header = self.image.header();
+        let mut bad = |kind, code, message: String| {
+            let offset = header.extension(kind).map(|e| e.at as u64);
+            sink(Finding { code, structure: "header extension", offset, guest: None, message, times: 1 })
+        };
+        let bytes = |kind| header.extension(kind).map_or(0, |e| e.data.len());
+        let format = bytes(ExtensionKind::BackingFormat);
+        if format >= BACKING_FORMAT {
+            let most = BACKING_FORMAT - 1;
+            let message =
+                format!("the name of the backing format has {format} bytes, must have at most {most}");
+            bad(ExtensionKind::BackingFormat, "backing-format", message)?;
+        }
+        // With consistent bitmaps this is told with them.
+        let unused = header.bitmaps().is_ok_and(|b| b.is_none());
+        let bitmaps = bytes(ExtensionKind::Bitmaps);
+        if unused && header.extension(ExtensionKind::Bitmaps).is_some() && bitmaps != BITMAPS_EXTENSION {
+            let message = format!("the bitmaps extension has {bitmaps} bytes, must have {BITMAPS_EXTENSION}");
+            bad(ExtensionKind::Bitmaps, "bitmap-extension", message)?;
+        }
+        Ok(())
+    }
+
     fn encryption(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
         let Some(luks) = self.image.header().extension(ExtensionKind::EncryptionHeader) else {
             return Ok(());
@@ -455,6 +481,10 @@ pub(crate) fn bitmap_entry_fault(entry: u64, g: Geometry, file: u64) -> Result<O
     }
 }
 
+/// QEMU keeps the name of the backing format in so many bytes, the last of which is 0.
+const BACKING_FORMAT: usize = 16;
+/// Bytes of the bitmaps extension.
+pub(crate) const BITMAPS_EXTENSION: usize = 24;
 /// Bytes of a table that are read in one go.
 const PIECE: usize = 1 << 20;
 

@@ -67,7 +67,7 @@ fn images(args: &CheckArgs) -> Result<Vec<PathBuf>> {
     for path in &args.images {
         let stat = RealDisk.stat(path).map_err(|e| Error::io("find", path, e))?;
         if stat.kind == FileKind::Directory {
-            let survey = Survey::of_directories(&RealDisk, std::slice::from_ref(path), &args.trust.trust())?;
+            let survey = Survey::of_links(&RealDisk, std::slice::from_ref(path), &args.trust.trust())?;
             let found = survey.files.iter().filter(|f| f.format == FileFormat::Qcow2).map(|f| f.path.clone());
             let mut found: Vec<PathBuf> = found.chain(survey.broken.iter().map(|b| b.path.clone())).collect();
             found.sort();
@@ -76,7 +76,7 @@ fn images(args: &CheckArgs) -> Result<Vec<PathBuf>> {
         }
         all.push(path.clone());
         if args.chain {
-            let survey = Survey::of_directories(&RealDisk, &[directory(path)], &args.trust.trust())?;
+            let survey = Survey::of_links(&RealDisk, &[directory(path)], &args.trust.trust())?;
             let top = survey.find(&RealDisk, path);
             for index in top.map(|t| survey.chain(t)).transpose()?.unwrap_or_default().into_iter().skip(1) {
                 let file = survey.files.get(index).filter(|f| f.format == FileFormat::Qcow2);

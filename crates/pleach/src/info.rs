@@ -22,7 +22,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
     for path in &args.images {
         let stat = RealDisk.stat(path).map_err(|e| Error::io("find", path, e))?;
         if stat.kind == FileKind::Directory {
-            let survey = Survey::of_directories(&RealDisk, std::slice::from_ref(path), &args.trust.trust())?;
+            let survey = Survey::of_links(&RealDisk, std::slice::from_ref(path), &args.trust.trust())?;
             let mut found: Vec<&Path> = survey.files.iter().map(|f| f.path.as_path()).collect();
             found.sort();
             for image in found {
@@ -52,7 +52,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<ExitCode> {
 
 /// Adds what the image at `path` stands on.
 fn chain(path: &Path, args: &InfoArgs, images: &mut Vec<Described>) -> Result<()> {
-    let survey = Survey::of_directories(&RealDisk, &[directory(path)], &args.trust.trust())?;
+    let survey = Survey::of_links(&RealDisk, &[directory(path)], &args.trust.trust())?;
     let Some(top) = survey.find(&RealDisk, path) else { return Ok(()) };
     for index in survey.chain(top)?.into_iter().skip(1) {
         if let Some(file) = survey.files.get(index) {

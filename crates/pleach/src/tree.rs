@@ -10,6 +10,7 @@ use pleach_engine::{Error, Result, Sizes, sizes};
 use pleach_lineage::text::{Style, rows};
 use pleach_lineage::{Kind, Lineage, NodeId, Storage};
 use pleach_store::{Access, Disk, RealDisk, Role};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value, json};
 
 use crate::args::TreeArgs;
@@ -63,7 +64,8 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
         BTreeMap::new()
     };
     if args.json {
-        output::document(&document(&target, &survey, &family, &shown, &measured, &wrong));
+        let document = document(&target, &survey, &family, &shown, &wrong);
+        output::stream(&Tree { document, family: &family, shown: &shown, measured: &measured });
     } else {
         output::print(&text(args, &family, &shown, &measured));
         wrong.iter().for_each(output::report);
@@ -153,20 +155,45 @@ fn label(lineage: &Lineage, id: NodeId) -> String {
     format!("{}  ({})", node.name, notes.join(", "))
 }
 
+/// What `tree --json` prints. Of the nodes only one at a time is turned into JSON: an image may have very many snapshots.
+struct Tree<'a> {
+    /// All but the nodes, whose list is empty here.
+    document: Value,
+    family: &'a Family,
+    shown: &'a BTreeSet<NodeId>,
+    measured: &'a BTreeMap<NodeId, Sizes>,
+}
+
+impl Serialize for Tree<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut object = out.serialize_map(None)?;
+        for (key, value) in self.document.as_object().into_iter().flatten() {
+            match key.as_str() {
+                "nodes" => object.serialize_entry(key, &Nodes(self))?,
+                _ => object.serialize_entry(key, value)?,
+            }
+        }
+        object.end()
+    }
+}
+
+struct Nodes<'a>(&'a Tree<'a>);
+
+impl Serialize for Nodes<'_> {
+    fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
+        let Tree { family, shown, measured, .. } = self.0;
+        let ids = family.lineage.depth_first().map(|(_, id)| id).filter(|id| shown.contains(id));
+        out.collect_seq(ids.map(|id| node(&family.lineage, id, measured.get(&id))))
+    }
+}
+
 fn document(
     target: &Target,
     survey: &Survey,
     family: &Family,
     shown: &BTreeSet<NodeId>,
-    measured: &BTreeMap<NodeId, Sizes>,
     wrong: &[Error],
 ) -> Value {
-    let nodes: Vec<Value> = family
-        .lineage
-        .depth_first()
-        .filter(|(_, id)| shown.contains(id))
-        .map(|(_, id)| node(&family.lineage, id, measured.get(&id)))
-        .collect();
     let heads: Vec<usize> = family
         .heads()
         .filter(|id| shown.contains(id))
@@ -192,7 +219,7 @@ fn document(
             "active": active.map(|f| pleach_engine::family::shown(&f.path, &target.base)),
             "virtual_size": active.and_then(|f| f.header.as_ref()).map(pleach_format::Header::size),
         }],
-        "nodes": nodes,
+        "nodes": [],
         "problems": wrong.iter().map(output::object).collect::<Vec<_>>(),
     });
     // What makes the exit code other than 0 is found where other verbs have it.

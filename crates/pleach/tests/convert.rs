@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use pleach_format::RunKind;
+use pleach_image::Image;
+use pleach_store::{Access, Disk, RealDisk};
 use pleach_testkit::layers::{Layer, qcow2, raw};
 use pleach_testkit::mount::TinyFs;
 use pleach_testkit::oracle::{self, Format, check_clean, digest, hash_file, qemu_img, qemu_io, text};
@@ -169,6 +172,79 @@ fn mixed(work: &Path, mib: u64) -> PathBuf {
     }
     fs::write(&path, bytes).unwrap();
     path
+}
+
+/// The compressed bytes of each compressed cluster, in guest order; the last sector of each may be another's.
+fn packed(path: &Path) -> Vec<Vec<u8>> {
+    let bytes = fs::read(path).unwrap();
+    let image = Image::open(RealDisk.open(path, Access::Read).unwrap()).unwrap();
+    let runs = (0..image.l1().len()).flat_map(|n| image.runs(n).unwrap().as_slice().to_vec());
+    let extents = runs.filter_map(|run| match run.kind {
+        RunKind::Compressed(extent) => Some(extent),
+        _ => None,
+    });
+    extents
+        .map(|e| {
+            let start = usize::try_from(e.offset.0).unwrap();
+            let end = (start + usize::try_from(e.bytes).unwrap()).min(bytes.len());
+            bytes[start..end].to_vec()
+        })
+        .collect()
+}
+
+#[test]
+fn compressed_clusters_are_carried_over_as_they_are() {
+    let work = WorkDir::new("convert-carry");
+    let source = mixed(&work, 6);
+    let image = work.join("image.qcow2");
+    for (type_of, cluster) in [("zlib", "64k"), ("zstd", "4k")] {
+        let layout = format!("compression_type={type_of},cluster_size={cluster}");
+        qemu_img(&[
+            "convert",
+            "-q",
+            "-c",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-o",
+            &layout,
+            text(&source),
+            text(&image),
+        ]);
+        let writes = ["write -q -P 7 300k 5k", "write -q -z 1M 128k", "discard -q 2M 64k"].map(str::to_owned);
+        qemu_io(&image, Format::Qcow2, &writes);
+        let want = digest(&image, Format::Qcow2);
+        let theirs = packed(&image);
+        assert!(theirs.len() > 20, "{}", theirs.len());
+        // What nobody else compresses like this: found again only if it was not compressed anew.
+        let same = |out: &Path| {
+            let ours = packed(out);
+            theirs
+                .iter()
+                .filter(|a| {
+                    ours.iter().any(|b| {
+                        b.starts_with(&a[..a.len().min(b.len()).saturating_sub(512).max(16).min(a.len())])
+                    })
+                })
+                .count()
+        };
+        let layout = ["-c", "--compression", type_of, "--cluster-size", cluster];
+        let others = if cluster == "64k" { "32k" } else { "64k" };
+        for (name, options, carried) in [
+            ("alike", layout.to_vec(), true),
+            ("a level", [&layout[..], &["--level", "1"]].concat(), false),
+            ("other clusters", ["-c", "--compression", type_of, "--cluster-size", others].to_vec(), false),
+        ] {
+            let out = work.join("copy.qcow2");
+            convert(&image, &out, &options);
+            let found = same(&out);
+            assert_eq!(found == theirs.len(), carried, "{type_of}, {name}: {found} of {}", theirs.len());
+            judge(name, &out, Format::Qcow2, &want);
+            fs::remove_file(&out).unwrap();
+        }
+        fs::remove_file(&image).unwrap();
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use pleach_format::{Geometry, GuestCluster, GuestOffset, Version};
+use pleach_format::{CompressionType, Geometry, GuestCluster, GuestOffset, Version};
 use pleach_image::{Bulk, Chain, Compressor, Content, ImageError, Piecework};
 use pleach_store::Store;
 
@@ -20,6 +20,8 @@ pub(crate) struct Look<'a> {
     pub(crate) below: Option<&'a Chain>,
     pub(crate) geometry: Geometry,
     pub(crate) version: Version,
+    /// Clusters that are compressed like this are taken over as they are.
+    pub(crate) carry: Option<CompressionType>,
 }
 
 impl Look<'_> {
@@ -45,6 +47,8 @@ pub(crate) struct Batch {
     bytes: Buffer,
     below: Buffer,
     packed: Vec<u8>,
+    /// Clusters of `bytes` that came compressed: where each starts, and where in `packed` it is.
+    carried: Vec<(usize, Range<usize>)>,
     /// Guest cluster, what becomes of it, and its bytes: in `packed` if it is compressed, else in `bytes`.
     clusters: Vec<(GuestCluster, Content, Range<usize>)>,
     writes: Vec<Write>,
@@ -94,23 +98,33 @@ impl Batch {
     /// # Errors
     /// What reading says.
     pub(crate) fn look(&mut self, look: &Look<'_>) -> Result<(), ImageError> {
-        self.read(look.source)?;
+        self.packed.clear();
+        self.carried.clear();
+        match look.carry {
+            Some(compression) => {
+                self.read_carrying(look.source, compression, look.geometry.cluster_bytes())?
+            }
+            None => self.read(look.source)?,
+        }
         if let Some(below) = look.below {
             read(below, &self.ranges, &mut self.below)?;
         }
-        self.packed.clear();
+        let mut carried = self.carried.iter().peekable();
         let (size, mut at) = (look.geometry.cluster_bytes(), 0);
         for range in &self.ranges {
             for guest in range.clone().step_by(size) {
                 let place = at..at + size;
                 at += size;
+                let packed = carried.next_if(|(start, _)| *start == place.start).map(|(_, packed)| packed);
                 let cluster = self.bytes.bytes().get(place.clone()).unwrap_or(&[]);
                 let below = look.below.map(|_| self.below.bytes().get(place.clone()).unwrap_or(&[]));
                 let content = content(look, cluster, below);
                 let index = look.geometry.guest_cluster(GuestOffset(guest));
                 let Some(content) = content else { continue };
                 let mut item = (index, content, place);
-                if let (Content::Plain | Content::Subclusters { .. }, Some(compressor)) =
+                if let (Content::Plain | Content::Subclusters { .. }, Some(packed)) = (content, packed) {
+                    item = (index, Content::Packed(packed.len()), packed.clone());
+                } else if let (Content::Plain | Content::Subclusters { .. }, Some(compressor)) =
                     (content, &mut self.compressor)
                 {
                     let start = self.packed.len();
@@ -120,6 +134,41 @@ impl Batch {
                 }
                 self.clusters.push(item);
             }
+        }
+        Ok(())
+    }
+
+    /// Reads the clusters of `size` bytes, and keeps the compressed bytes of those that are compressed like this.
+    fn read_carrying(
+        &mut self,
+        source: &Chain,
+        compression: CompressionType,
+        size: usize,
+    ) -> Result<(), ImageError> {
+        let len = self.ranges.iter().map(|r| r.end - r.start).sum::<u64>();
+        let bytes = self.bytes.fresh(usize::try_from(len).unwrap_or(0));
+        let mut base = 0;
+        for range in &self.ranges {
+            let pieces = source.pieces(range.start, range.end - range.start)?;
+            let place = |from: u64, to: u64| {
+                let at = |guest: u64| base + usize::try_from(guest - range.start).unwrap_or(0);
+                at(from)..at(to)
+            };
+            // What is not carried over is read in stretches as long as they are.
+            let mut from = range.start;
+            for piece in pieces.iter().filter(|p| p.len == size as u64) {
+                let here = place(piece.guest, piece.guest + piece.len);
+                let Some(part) = bytes.get_mut(here.clone()) else { continue };
+                let start = self.packed.len();
+                if let Some(len) = source.read_packed(piece, compression, &mut self.packed, part)? {
+                    self.carried.push((here.start, start..start + len));
+                    let before = bytes.get_mut(place(from, piece.guest)).unwrap_or_default();
+                    source.read_at(from, before)?;
+                    from = piece.guest + piece.len;
+                }
+            }
+            source.read_at(from, bytes.get_mut(place(from, range.end)).unwrap_or_default())?;
+            base += usize::try_from(range.end - range.start).unwrap_or(0);
         }
         Ok(())
     }

@@ -1,8 +1,11 @@
 //! Where a disk may hold something else than zeros, a bounded part of it at a time.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ops::Range;
 
-use pleach_image::{Chain, ImageError, Layer, PieceKind};
+use pleach_format::{L1Entry, RunKind};
+use pleach_image::{Chain, Image, ImageError, Layer, PieceKind};
 
 /// Windows start at multiples of this, which is the largest cluster.
 const ALIGN: u64 = 2 << 20;
@@ -10,6 +13,9 @@ const ALIGN: u64 = 2 << 20;
 const WINDOW: u64 = 4 << 30;
 /// Clusters a window at most: what is known of a window is kept in memory.
 const CLUSTERS: u64 = 1 << 16;
+
+/// L2 tables that are remembered.
+const TABLES: usize = 1 << 16;
 
 /// Walks the disk of one or more chains from front to back. Work and memory follow what the files hold, not the size of
 /// the disk.
@@ -19,6 +25,9 @@ pub(crate) struct Extents<'a> {
     size: u64,
     at: u64,
     window: u64,
+    /// Of L2 tables that were met, by layer and offset; once they were met again, whether they lead to no data. A small image can
+    /// have one table for a very large disk.
+    blank: RefCell<HashMap<(usize, u64), Option<bool>>>,
 }
 
 impl<'a> Extents<'a> {
@@ -27,7 +36,7 @@ impl<'a> Extents<'a> {
         let layers = chains.iter().flat_map(|c| c.layers());
         let smallest = layers.filter_map(|l| l.image()).map(|i| i.geometry().cluster_size()).min();
         let window = smallest.map_or(WINDOW, |cluster| WINDOW.min(cluster * CLUSTERS));
-        Self { chains, size, at: 0, window }
+        Self { chains, size, at: 0, window, blank: RefCell::default() }
     }
 
     /// How far the walk has come.
@@ -67,14 +76,17 @@ impl<'a> Extents<'a> {
     /// The next byte about which any layer may say anything.
     fn skip(&self) -> Result<Option<u64>, ImageError> {
         let mut found: Option<u64> = None;
-        for layer in self.chains.iter().flat_map(|c| c.layers()) {
+        for (number, layer) in self.chains.iter().flat_map(|c| c.layers()).enumerate() {
             let next = match &**layer {
                 Layer::Qcow2(image) => {
                     let span = image.geometry().l1_span();
-                    let first = self.at / span;
-                    let rest = image.l1().get(usize::try_from(first).unwrap_or(usize::MAX)..).unwrap_or(&[]);
-                    let skipped = rest.iter().position(|entry| entry.0 != 0);
-                    skipped.map(|n| ((first + n as u64) * span).max(self.at))
+                    let mut slot = usize::try_from(self.at / span).unwrap_or(usize::MAX);
+                    while let Some(&entry) = image.l1().get(slot)
+                        && (entry.0 == 0 || self.is_blank(number, image, slot, entry)?)
+                    {
+                        slot += 1;
+                    }
+                    (slot < image.l1().len()).then(|| (slot as u64 * span).max(self.at))
                 }
                 Layer::Raw(raw) => raw
                     .store()
@@ -84,6 +96,26 @@ impl<'a> Extents<'a> {
             found = [found, next].into_iter().flatten().min();
         }
         Ok(found.filter(|&at| at < self.size))
+    }
+
+    /// Whether the table that L1 entry number `slot` leads to is known to lead to no data: other layers may have some there,
+    /// and say so themselves.
+    fn is_blank(&self, layer: usize, image: &Image, slot: usize, entry: L1Entry) -> Result<bool, ImageError> {
+        let key = (layer, entry.0);
+        let known = self.blank.borrow().get(&key).copied();
+        let blank = match known {
+            Some(Some(blank)) => return Ok(blank),
+            // A part of a table says nothing about the rest of it.
+            Some(None) if (slot as u64 + 1).saturating_mul(image.geometry().l1_span()) <= image.size() => {
+                let runs = image.runs(slot)?;
+                Some(runs.as_slice().iter().all(|run| run.kind == RunKind::Zero))
+            }
+            _ => None,
+        };
+        if known.is_some() || self.blank.borrow().len() < TABLES {
+            self.blank.borrow_mut().insert(key, blank);
+        }
+        Ok(blank.unwrap_or(false))
     }
 
     fn look(&self, chain: &Chain, window: Range<u64>, out: &mut Vec<Range<u64>>) -> Result<(), ImageError> {

@@ -249,7 +249,10 @@ impl<'a> NewImage<'a> {
     }
 
     fn look<'b>(&'b self, source: &'b Chain, bulk: &Bulk) -> Look<'b> {
-        Look { source, below: self.below, geometry: bulk.geometry(), version: self.options.version }
+        // Who asks for a level wants it everywhere.
+        let carry = (self.compress == Some(None)).then_some(self.options.compression);
+        let (geometry, version) = (bulk.geometry(), self.options.version);
+        Look { source, below: self.below, geometry, version, carry }
     }
 
     /// Where the new image may have to say something.

@@ -1,20 +1,25 @@
 //! Persistent bitmaps: one that is damaged is removed, the others stay.
 
-use pleach_format::{Autoclear, BitmapRecord, ExtensionKind, Header};
+use pleach_format::{Autoclear, BitmapRecord, ExtensionKind, Header, Version};
 
 use super::Repairer;
 use super::draft::Stage;
 use super::pointers::Roles;
 use crate::image::{Head, check_inside, read_head};
-use crate::walk::bitmap_entry_fault;
+use crate::walk::{BITMAPS_EXTENSION, bitmap_entry_fault};
 use crate::{ImageError, escape};
 
 /// Makes every bitmap that the image lists readable.
 pub(crate) fn mend(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageError> {
     let head = read_head(repairer.store())?;
     let header = &head.header;
-    if header.extension(ExtensionKind::Bitmaps).is_none() || !header.autoclear().has(Autoclear::BITMAPS) {
-        return Ok(());
+    let Some(stored) = header.extension(ExtensionKind::Bitmaps) else { return Ok(()) };
+    if !header.autoclear().has(Autoclear::BITMAPS) {
+        // What nobody believes anyway; but QEMU does not open an image whose extension has another length.
+        return match stored.data.len() == BITMAPS_EXTENSION {
+            true => Ok(()),
+            false => drop_all(repairer, &head, "their extension has a wrong length"),
+        };
     }
     let g = header.geometry();
     let extension = match header.bitmaps() {
@@ -139,7 +144,9 @@ fn drop_all(repairer: &mut Repairer, head: &Head, why: &str) -> Result<(), Image
     let header = &head.header;
     let Some(extension) = header.extension(ExtensionKind::Bitmaps) else { return Ok(()) };
     let word = header.autoclear().0 & !Autoclear::BITMAPS.0;
-    repairer.draft.write(Stage::BitmapsOff, 88, &word.to_be_bytes())?;
+    if header.version() == Version::V3 {
+        repairer.draft.write(Stage::BitmapsOff, 88, &word.to_be_bytes())?;
+    }
     let gap = extension.stored_bytes();
     let behind = head.bytes.get(extension.at + gap..header.extensions_end()).unwrap_or(&[]);
     let mut rest = behind.to_vec();

@@ -15,6 +15,9 @@ use crate::ImageError;
 /// Most bytes that may lie over the file.
 const MAX_CHANGES: usize = 96 << 20;
 
+/// Writes that follow one another are joined up to about this length.
+const MAX_JOINED: usize = 64 << 10;
+
 /// When something is written. Between two stages there is a barrier; `docs/crash-safety.md` argues the order.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Stage {
@@ -111,8 +114,17 @@ impl Draft {
         self.pretend(offset, bytes)?;
         // What is new has nothing to be mended before it is written.
         let stage = if offset >= self.below_len { stage.max(Stage::Fresh) } else { stage };
-        let write = Write { offset: HostOffset(offset), bytes: bytes.to_vec() };
-        self.state().stages.entry(stage).or_default().push(write);
+        let mut state = self.state();
+        let writes = state.stages.entry(stage).or_default();
+        match writes.last_mut() {
+            // A table of which every entry changes is one write.
+            Some(last)
+                if last.offset.0 + last.bytes.len() as u64 == offset && last.bytes.len() < MAX_JOINED =>
+            {
+                last.bytes.extend_from_slice(bytes);
+            }
+            _ => writes.push(Write { offset: HostOffset(offset), bytes: bytes.to_vec() }),
+        }
         Ok(())
     }
 

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
 use pleach_format::{
-    CompressionType, Encryption, ExtendedL2Entry, Geometry, HostCluster, HostOffset, L2Entry, Mapping,
-    Version,
+    Encryption, ExtendedL2Entry, Geometry, HostCluster, HostOffset, L2Entry, Mapping, Version,
 };
 
 use super::Repairer;
@@ -152,9 +151,5 @@ fn unpacked(repairer: &Repairer, image: &Image, judge: &Judge, raw: L2Entry) -> 
     let mut packed = vec![0; usize::try_from(extent.bytes).ok()?];
     repairer.draft.read_original(extent.offset.0, &mut packed).ok()?;
     let mut data = vec![0; judge.geometry.cluster_bytes()];
-    let whole = match image.header().compression() {
-        CompressionType::Deflate => codec::inflate(&packed, &mut data),
-        CompressionType::Zstd => codec::unzstd(&packed, &mut data),
-    };
-    whole.then_some(data)
+    codec::unpack(image.header().compression(), &packed, &mut data).map(|_| data)
 }

@@ -159,6 +159,7 @@ fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageE
     let mut references: HashMap<u64, u64> = HashMap::new();
     let mut copies: HashMap<u64, u64> = HashMap::new();
     for table in &tables {
+        let mut changes = Changes::default();
         for (slot, entry) in (0..).zip(&table.entries) {
             let Ok(Some(at)) = L1Entry(entry.0 & 0x80ff_ffff_ffff_fe00).l2_table(g) else { continue };
             if check_inside("L2 table", at.0, g.cluster_size(), repairer.draft.old_len(), g).is_err() {
@@ -185,7 +186,7 @@ fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageE
             *references.entry(copy).or_default() += 1;
             let place = table.at + slot * 8;
             repairer.written_entries.insert(place);
-            repairer.draft.write(Stage::Mend, place, &L1Entry::owned(HostOffset(copy)).0.to_be_bytes())?;
+            changes.add(repairer, Stage::Mend, place, L1Entry::owned(HostOffset(copy)))?;
             let message = format!(
                 "the L2 table at {:#x} is also {}: this range of {} gets a copy at {copy:#x}, and reads the same",
                 at.0,
@@ -195,6 +196,7 @@ fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageE
             let guest = Some((slot * g.l1_span(), g.l1_span()));
             repairer.note("l1-shared", "L1 table", Some(place), guest, message);
         }
+        changes.put(repairer)?;
     }
     Ok(())
 }
@@ -204,6 +206,7 @@ pub(crate) fn mend_l1(repairer: &mut Repairer) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let (g, judge) = (image.geometry(), judge(repairer, &image));
     for table in level1(&image)? {
+        let mut changes = Changes::default();
         for (slot, &entry) in (0..).zip(&table.entries) {
             let place = table.at + slot * 8;
             if repairer.written_entries.contains(&place) {
@@ -211,7 +214,7 @@ pub(crate) fn mend_l1(repairer: &mut Repairer) -> Result<(), ImageError> {
             }
             let Some((becomes, why)) = judge.l1(entry) else { continue };
             let stage = if becomes == L1Entry::default() { Stage::Drop } else { Stage::Mend };
-            repairer.draft.write(stage, place, &becomes.0.to_be_bytes())?;
+            changes.add(repairer, stage, place, becomes)?;
             let message = format!("L1 entry {slot} of {} was {:#x}: {why}", table.what, entry.0);
             repairer.note(
                 "l1-entry",
@@ -221,8 +224,46 @@ pub(crate) fn mend_l1(repairer: &mut Repairer) -> Result<(), ImageError> {
                 message,
             );
         }
+        changes.put(repairer)?;
     }
     Ok(())
+}
+
+/// Changed entries of one table that follow one another and are written in the same stage.
+#[derive(Default)]
+struct Changes {
+    stage: Option<Stage>,
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Changes {
+    /// Most bytes that are put together.
+    const MOST: usize = 64 << 10;
+
+    fn add(
+        &mut self,
+        repairer: &Repairer,
+        stage: Stage,
+        place: u64,
+        entry: L1Entry,
+    ) -> Result<(), ImageError> {
+        let joins = self.stage == Some(stage) && self.at + self.bytes.len() as u64 == place;
+        if !joins || self.bytes.len() >= Self::MOST {
+            self.put(repairer)?;
+            (self.stage, self.at) = (Some(stage), place);
+        }
+        self.bytes.extend(entry.0.to_be_bytes());
+        Ok(())
+    }
+
+    fn put(&mut self, repairer: &Repairer) -> Result<(), ImageError> {
+        let bytes = std::mem::take(&mut self.bytes);
+        match self.stage.filter(|_| !bytes.is_empty()) {
+            Some(stage) => repairer.draft.write(stage, self.at, &bytes),
+            None => Ok(()),
+        }
+    }
 }
 
 /// Makes every entry of every L2 table readable.

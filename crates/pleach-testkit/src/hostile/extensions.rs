@@ -55,6 +55,21 @@ pub(super) fn cases() -> Vec<Case> {
         };
         cases.extend(with(&format!("format-{name}"), super::Expect { opens: None, ..UNREAD }, make));
     }
+    // QEMU opens none of these, though nothing in them is used.
+    let unused = Expect { read: super::Read::Any, ..super::DAMAGED };
+    for (name, version) in [("v2", 2), ("v3", 3)] {
+        let built = move |kind, data: &'static [u8]| {
+            move || {
+                let mut image = ImageBuilder::rich(Shape { version, ..Shape::default() });
+                image.extension(kind, data);
+                image.finish()
+            }
+        };
+        let short = built(BITMAPS, &[0; 16]);
+        cases.push(Case::built(format!("extension-{name}-unused-bitmaps-short"), unused, short));
+        let long = built(BACKING_FORMAT, b"sixteen letters.");
+        cases.push(Case::built(format!("extension-{name}-unused-format-long"), unused, long));
+    }
     cases.extend(with("format-without-backing", SOUND, |image| image.extension(BACKING_FORMAT, b"raw")));
     cases.extend(with("data-file-without-bit", OPENS, |image| image.extension(DATA_FILE, b"data.raw")));
     cases
