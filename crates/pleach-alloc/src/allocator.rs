@@ -118,10 +118,7 @@ impl Allocator {
             self.ensure_block(index, self.cursor)?;
             let (width, per_block) = (self.place().width, self.per_block());
             let start = usize::try_from(self.cursor % per_block).unwrap_or(0);
-            let slots = usize::try_from(per_block).unwrap_or(0);
-            let block = self.block(index).expect("made just now");
-            let free = (start..slots).find(|&slot| width.get(&block.bytes, slot) == 0);
-            let Some(slot) = free else {
+            let Some(slot) = self.first_free(index, start) else {
                 self.cursor = (index + 1) * per_block;
                 continue;
             };
@@ -137,6 +134,33 @@ impl Allocator {
             self.end = self.end.max(cluster + 1);
             return Ok(HostCluster(cluster));
         }
+    }
+
+    /// The first slot from `start` on of block `index` with count 0. A block that has none is not kept in memory.
+    fn first_free(&mut self, index: u64, start: usize) -> Option<usize> {
+        let width = self.place().width;
+        let slots = usize::try_from(self.per_block()).unwrap_or(0);
+        let in_bytes = |bytes: &[u8]| {
+            let mut slot = start;
+            while slot < slots && width.get(bytes, slot) != 0 {
+                slot += width.alike(bytes, slot, slots - slot).max(1);
+            }
+            (slot < slots).then_some(slot)
+        };
+        match self.blocks.get(&index) {
+            Some(block) => in_bytes(&block.bytes),
+            None => self.table.read_block(index).and_then(|(_, bytes)| in_bytes(&bytes)),
+        }
+    }
+
+    /// Starts the search for free clusters at `cluster`: there are none below.
+    pub fn search_from(&mut self, cluster: HostCluster) {
+        self.cursor = cluster.0;
+    }
+
+    /// Where the search for free clusters goes on.
+    pub fn cursor(&self) -> HostCluster {
+        HostCluster(self.cursor)
     }
 
     /// Up to `most` free clusters in a row, at least one, each now with count 1: the first, and how many.
@@ -255,12 +279,21 @@ impl Allocator {
     }
 
     /// One past the highest cluster with a count.
-    pub fn used_end(&mut self) -> HostCluster {
+    pub fn used_end(&self) -> HostCluster {
         let (width, per_block) = (self.place().width, self.per_block());
         for index in (0..self.entries.len() as u64).rev() {
-            let Some(block) = self.block(index) else { continue };
-            let slots = usize::try_from(per_block).unwrap_or(0);
-            if let Some(slot) = (0..slots).rev().find(|&slot| width.get(&block.bytes, slot) != 0) {
+            let bytes = match self.blocks.get(&index) {
+                Some(block) => block.bytes.clone(),
+                None => match self.table.read_block(index) {
+                    Some((_, bytes)) => bytes,
+                    None => continue,
+                },
+            };
+            // A byte that is not 0 has a part in some count.
+            let Some(last) = bytes.iter().rposition(|&byte| byte != 0) else { continue };
+            let bits = width.bits() as usize;
+            let near = ((last + 1) * 8).div_ceil(bits);
+            if let Some(slot) = (0..near).rev().find(|&slot| width.get(&bytes, slot) != 0) {
                 return HostCluster(index * per_block + slot as u64 + 1);
             }
         }
@@ -344,7 +377,8 @@ impl Allocator {
     /// Makes the block number `index` exist, placed at `cluster`, which it covers and which must be free if the block
     /// is missing. True if anything was made.
     fn ensure_block(&mut self, index: u64, cluster: u64) -> Result<bool, AllocError> {
-        if self.block(index).is_some() {
+        let known = usize::try_from(index).ok().and_then(|i| self.entries.get(i));
+        if known.is_some_and(Option::is_some) {
             return Ok(false);
         }
         if index >= self.entries.len() as u64 {

@@ -42,7 +42,7 @@ use std::io;
 use pleach_format::{FormatError, HostCluster};
 
 pub use allocator::{Allocator, TableMove, Write, Writes};
-pub use census::{Census, Comparison, Discrepancy};
+pub use census::{Census, Change, Comparison, Discrepancy};
 pub use table::{Place, RefcountTable};
 
 /// What can go wrong with refcounts.
@@ -70,6 +70,14 @@ pub enum AllocError {
     Underflow {
         /// Which cluster.
         cluster: HostCluster,
+    },
+    /// A count that should be raised is as high as its width allows.
+    #[error("cluster {} is counted as often as {bits} bits can say; another state cannot share it", .cluster.0)]
+    Overflow {
+        /// Which cluster.
+        cluster: HostCluster,
+        /// Bits a count.
+        bits: u32,
     },
     /// The image cannot grow any more.
     #[error("the image is full: a refcount table has at most {max} bytes")]

@@ -54,6 +54,7 @@ mod source;
 pub mod survey;
 mod trust;
 mod watch;
+mod workers;
 
 pub use compare::{Comparison, Difference, compare};
 pub use delete::{
@@ -72,3 +73,4 @@ pub use scan::{is_zero, layer_runs, zero_clusters};
 pub use sizes::{Sizes, sizes};
 pub use source::{Source, SourceOptions, open_writer, open_writer_alone};
 pub use watch::Watch;
+pub use workers::Threads;

@@ -8,6 +8,7 @@ use pleach_store::{Access, Disk, FileId, FileKind, Role, Store};
 
 use crate::survey::{FileFormat, Trust, Why, broken};
 use crate::trust::{Roots, named_format};
+use crate::workers::Threads;
 use crate::{Error, ErrorKind, Result};
 
 /// Longest chain that is followed.
@@ -108,7 +109,8 @@ pub fn open_writer(disk: &dyn Disk, path: &Path, options: &SourceOptions) -> Res
         layers.push((path, layer));
     }
     let backing = (!layers.is_empty()).then(|| Chain::with_paths(layers));
-    Writer::open(store, WriteOptions { backing, data_file, level: None }).map_err(wrap)
+    Writer::open(store, WriteOptions { backing, data_file, level: None, workers: Some(Arc::new(Threads)) })
+        .map_err(wrap)
 }
 
 /// Opens the image at `path` for writing, locked, without opening anything else: for what concerns the image alone.
@@ -116,7 +118,11 @@ pub fn open_writer(disk: &dyn Disk, path: &Path, options: &SourceOptions) -> Res
 /// # Errors
 /// As [`Writer::open`]; [`ErrorKind::InUse`]; a file that is not a qcow2 image.
 pub fn open_writer_alone(disk: &dyn Disk, path: &Path) -> Result<Writer> {
-    Writer::open(open_locked(disk, path)?, WriteOptions::default()).map_err(|e| Error::image(path, e))
+    Writer::open(
+        open_locked(disk, path)?,
+        WriteOptions { workers: Some(Arc::new(Threads)), ..WriteOptions::default() },
+    )
+    .map_err(|e| Error::image(path, e))
 }
 
 fn open_locked(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn Store>> {

@@ -72,6 +72,86 @@ impl RefcountWidth {
         counts.iter().enumerate().all(|(i, &count)| self.get(block, i) == u64::from(count))
     }
 
+    /// How many counts from number `index` on are the same as that one, at most `most`; 0 past the end of `block`.
+    pub fn alike(self, block: &[u8], index: usize, most: usize) -> usize {
+        if self != Self::DEFAULT {
+            let last = (block.len() * 8) >> self.order;
+            let most = most.min(last.saturating_sub(index));
+            let first = self.get(block, index);
+            return (0..most).take_while(|&i| self.get(block, index + i) == first).count();
+        }
+        let pairs = block.as_chunks::<2>().0.get(index..).unwrap_or_default();
+        let Some((&first, _)) = pairs.split_first() else { return 0 };
+        let pairs = pairs.get(..most).unwrap_or(pairs);
+        // Many at once without a branch for each: made of vector instructions.
+        let (groups, _) = pairs.as_chunks::<32>();
+        let groups = groups.iter().take_while(|g| g.iter().fold(0, |diff, &p| diff | differs(p, first)) == 0);
+        let whole = groups.count() * 32;
+        whole + pairs.iter().skip(whole).take_while(|&&pair| pair == first).count()
+    }
+
+    /// Adds to the counts that `block` starts with, of which it has enough.
+    ///
+    /// # Errors
+    /// The index of the first count that would not fit. Nothing is changed then.
+    pub fn raise(self, block: &mut [u8], by: &[u32]) -> Result<(), usize> {
+        let fits =
+            |i: usize, &by: &u32| self.get(block, i).checked_add(by.into()).is_some_and(|n| n <= self.max());
+        if self != Self::DEFAULT {
+            if let Some(bad) = by.iter().enumerate().position(|(i, by)| !fits(i, by)) {
+                return Err(bad);
+            }
+            for (i, &by) in by.iter().enumerate().filter(|(_, by)| **by > 0) {
+                let sum = self.get(block, i) + u64::from(by);
+                self.set(block, i, sum).map_err(|_| i)?;
+            }
+            return Ok(());
+        }
+        let sum = |pair: [u8; 2], by: u32| u32::from(u16::from_be_bytes(pair)).saturating_add(by);
+        let (pairs, _) = block.as_chunks::<2>();
+        if pairs.iter().zip(by).fold(0, |over, (&pair, &by)| over | sum(pair, by) >> 16) != 0 {
+            return Err(by.iter().enumerate().position(|(i, by)| !fits(i, by)).unwrap_or(0));
+        }
+        for (pair, &by) in block.as_chunks_mut::<2>().0.iter_mut().zip(by) {
+            let [.., high, low] = sum(*pair, by).to_be_bytes();
+            *pair = [high, low];
+        }
+        Ok(())
+    }
+
+    /// Subtracts from the counts that `block` starts with, of which it has enough. True if any became 0.
+    ///
+    /// # Errors
+    /// The index of the first count that is lower than what is subtracted. Nothing is changed then.
+    pub fn lower(self, block: &mut [u8], by: &[u32]) -> Result<bool, usize> {
+        let short = |i: usize, &by: &u32| self.get(block, i) < u64::from(by);
+        if self != Self::DEFAULT {
+            if let Some(bad) = by.iter().enumerate().position(|(i, by)| short(i, by)) {
+                return Err(bad);
+            }
+            let mut freed = false;
+            for (i, &by) in by.iter().enumerate().filter(|(_, by)| **by > 0) {
+                let left = self.get(block, i) - u64::from(by);
+                freed |= left == 0;
+                self.set(block, i, left).map_err(|_| i)?;
+            }
+            return Ok(freed);
+        }
+        let count = |pair: [u8; 2]| u32::from(u16::from_be_bytes(pair));
+        let (pairs, _) = block.as_chunks::<2>();
+        if pairs.iter().zip(by).fold(false, |under, (&pair, &by)| under | (count(pair) < by)) {
+            return Err(by.iter().enumerate().position(|(i, by)| short(i, by)).unwrap_or(0));
+        }
+        let mut freed = false;
+        for (pair, &by) in block.as_chunks_mut::<2>().0.iter_mut().zip(by) {
+            let left = count(*pair).wrapping_sub(by);
+            freed |= (left == 0) & (by != 0);
+            let [.., high, low] = left.to_be_bytes();
+            *pair = [high, low];
+        }
+        Ok(freed)
+    }
+
     /// Sets count number `index` of `block` to `value`.
     ///
     /// # Errors
@@ -99,6 +179,11 @@ impl RefcountWidth {
         field.copy_from_slice(be.get(8 - bytes..).expect("bytes is at most 8"));
         Ok(())
     }
+}
+
+/// 0 if both are the same.
+fn differs(a: [u8; 2], b: [u8; 2]) -> u16 {
+    u16::from_be_bytes(a) ^ u16::from_be_bytes(b)
 }
 
 #[cfg(test)]
@@ -154,6 +239,26 @@ mod tests {
                 assert!(!width.holds(&block, &counts), "order {order} index {i}");
                 counts[i] ^= 1;
             }
+            let mut other = block.clone();
+            let by: std::vec::Vec<u32> = (0..n).map(|i| u32::from(i % 3 == 0)).collect();
+            let full = (0..n).position(|i| by[i] == 1 && width.get(&block, i) == width.max());
+            assert_eq!(width.raise(&mut other, &by).err(), full, "order {order}");
+            if full.is_some() {
+                assert_eq!(other, block, "order {order}: all or nothing");
+            } else {
+                assert!((0..n).all(|i| width.get(&other, i) == width.get(&block, i) + u64::from(by[i])));
+                assert!(width.lower(&mut other, &by).is_ok() && other == block, "order {order}");
+            }
+            let empty = (0..n).position(|i| by[i] == 1 && width.get(&block, i) == 0);
+            assert_eq!(width.lower(&mut other, &by).err().is_some(), empty.is_some(), "order {order}");
+            let mut ones = [0u8; 512];
+            assert_eq!(width.raise(&mut ones, &by), Ok(()));
+            assert_eq!(width.alike(&ones, 0, n), 1, "order {order}");
+            assert_eq!(width.lower(&mut ones, &by), Ok(true));
+            assert_eq!(width.lower(&mut ones, &by), Err(0));
+            assert_eq!((width.alike(&ones, 0, n), width.alike(&ones, 3, 40)), (n, 40.min(n - 3)));
+            width.set(&mut ones, n - 2, 1).unwrap();
+            assert_eq!((width.alike(&ones, 1, n), width.alike(&ones, n, 1)), (n - 3, 0), "order {order}");
             counts.push(1);
             assert!(!width.holds(&block, &counts), "order {order}: more than the block has");
             assert!(width.set(&mut block, n, 1).is_err());

@@ -8,7 +8,7 @@ use pleach_format::{HostOffset, L1Entry};
 
 use crate::image::read_l1;
 use crate::walk::{Entries, walk};
-use crate::{Image, ImageError};
+use crate::{Alone, Image, ImageError, Workers};
 
 /// Every reference that the image's structures make to its host clusters.
 ///
@@ -16,7 +16,7 @@ use crate::{Image, ImageError};
 /// [`ImageError::Damaged`] for the first pointer that breaks the format or leads out of the file: an image with such a
 /// pointer cannot be counted.
 pub fn census(image: &Image) -> Result<Census, ImageError> {
-    Ok(walk(image, &mut stop)?.census)
+    Ok(walk(image, &Alone, &mut stop)?.census)
 }
 
 /// Most wrong counts that are handled in one go; more cannot come from crashes.
@@ -27,7 +27,15 @@ pub(crate) const MOST_DIFFERENCES: usize = 4 << 20;
 /// # Errors
 /// As [`census`]; [`ImageError::Refcount`] if any count is too low, which makes it unsafe to write to the image.
 pub fn leaked(image: &Image) -> Result<Vec<Discrepancy>, ImageError> {
-    let walked = walk(image, &mut stop)?;
+    leaked_with(image, &Alone)
+}
+
+/// As [`leaked`], with the tables read by `workers`.
+///
+/// # Errors
+/// As [`leaked`].
+pub fn leaked_with(image: &Image, workers: &dyn Workers) -> Result<Vec<Discrepancy>, ImageError> {
+    let walked = walk(image, workers, &mut stop)?;
     let clusters = image.file_len().div_ceil(image.geometry().cluster_size());
     let found = walked.census.compare(&walked.counts, clusters, MOST_DIFFERENCES);
     match found.listed.iter().find(|d| !d.is_leak()) {
@@ -82,7 +90,7 @@ impl Image {
             tables.dedup();
             let mut clusters = Vec::new();
             for table in tables {
-                entries.for_each(table.0, |_, _, target| {
+                entries.for_each_span(table.0, |_, _, _, target| {
                     let Ok(target) = target else { return Ok(()) };
                     let end = target.offset.saturating_add(target.len.max(1)) - 1;
                     let first = g.host_cluster(HostOffset(target.offset)).0;

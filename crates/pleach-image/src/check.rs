@@ -3,8 +3,9 @@
 use pleach_alloc::{Discrepancy, Place, RefcountTable, Write};
 use pleach_format::{HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
 
-use crate::walk::{Entries, Finding, Walked, walk};
-use crate::{Image, ImageError};
+use crate::walk::{Entries, Finding, TableUse, Walked, walk};
+use crate::workers::{collect, tables_a_piece};
+use crate::{Alone, Image, ImageError, Workers};
 
 /// The outcome of a check.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,28 +43,61 @@ const MOST_FINDINGS: usize = 10_000;
 /// # Errors
 /// A file that cannot be read, or a refcount table that cannot be loaded.
 pub fn check(image: &Image) -> Result<CheckReport, ImageError> {
+    check_with(image, &Alone)
+}
+
+/// As [`check`], with the tables read by `workers`.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_with(image: &Image, workers: &dyn Workers) -> Result<CheckReport, ImageError> {
     let g = image.geometry();
     let mut report = CheckReport { total_clusters: g.clusters_for(image.size()).0, ..CheckReport::default() };
-    let walked = walk(image, &mut |finding| {
+    let walked = walk(image, workers, &mut |finding| {
         report.errors += finding.times;
         report.list(finding);
         Ok(())
     })?;
-    copied_flags(image, &walked, &mut report)?;
+    copied_flags(image, &walked, workers, &mut report)?;
     compare(image, &walked, &mut report);
     Ok(report)
 }
 
 /// Checks COPIED in the active tables, and gathers the figures of the active state.
-fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Result<(), ImageError> {
+fn copied_flags(
+    image: &Image,
+    walked: &Walked,
+    workers: &dyn Workers,
+    report: &mut CheckReport,
+) -> Result<(), ImageError> {
+    let active: Vec<_> = walked.tables.iter().filter(|(_, used)| !used.active.is_empty()).collect();
+    let pieces: Vec<_> = active.chunks(tables_a_piece(image.geometry().cluster_bytes())).collect();
+    // What is found waits in memory until it is joined: a few pieces at a time.
+    for round in pieces.chunks(PIECES_A_ROUND) {
+        let parts = collect(workers, round.len(), |i| {
+            let mut part = CheckReport { every: report.every, ..CheckReport::default() };
+            let tables = round.get(i).copied().unwrap_or_default();
+            copied_flags_of(image, walked, tables, &mut part).map(|()| part)
+        });
+        parts.into_iter().try_for_each(|part| part.map(|part| report.join(part)))?;
+    }
+    Ok(())
+}
+
+const PIECES_A_ROUND: usize = 64;
+
+/// The same for some of the tables.
+fn copied_flags_of(
+    image: &Image,
+    walked: &Walked,
+    tables: &[(&u64, &TableUse)],
+    report: &mut CheckReport,
+) -> Result<(), ImageError> {
     let g = image.geometry();
     let mut counts = Counts::new(&walked.counts);
     let mut entries = Entries::new(image);
     let data_file = image.header().incompatible().has(pleach_format::Incompatible::DATA_FILE);
-    for (&at, used) in &walked.tables {
-        if used.active.is_empty() {
-            continue;
-        }
+    for &(&at, used) in tables {
         let count = counts.get(g.host_cluster(HostOffset(at)));
         for &slot in &used.active {
             let entry = image.l1().get(slot).copied().unwrap_or_default();
@@ -74,9 +108,9 @@ fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Res
             }
         }
         let mut expected = None;
-        entries.for_each(at, |slot, raw, target| {
+        entries.for_each_span(at, |slot, n, raw, target| {
             let Ok(target) = target else { return Ok(()) };
-            report.allocated_clusters += 1;
+            report.allocated_clusters += n as u64;
             if raw.is_compressed() {
                 report.compressed_clusters += 1;
                 report.fragmented_clusters += 1;
@@ -85,12 +119,19 @@ fn copied_flags(image: &Image, walked: &Walked, report: &mut CheckReport) -> Res
             if expected.is_some_and(|e| e != target.offset) {
                 report.fragmented_clusters += 1;
             }
-            expected = Some(target.offset + g.cluster_size());
-            let count = counts.get(g.host_cluster(HostOffset(target.offset)));
-            if raw.copied() != (count == 1) && !data_file {
-                let place = at + slot as u64 * g.l2_entry_bytes() as u64;
-                let guest = Some((used.guest + slot as u64 * g.cluster_size(), g.cluster_size()));
-                report.copied("L2 table", raw.0, place, guest, count, raw.copied());
+            expected = Some(target.offset + n as u64 * g.cluster_size());
+            let (first, mut done) = (g.host_cluster(HostOffset(target.offset)).0, 0);
+            while done < n && !data_file {
+                let (count, alike) = counts.alike(HostCluster(first + done as u64), n - done);
+                let wrong = if raw.copied() == (count == 1) { 0..0 } else { done..done + alike };
+                for i in wrong {
+                    let place = at + ((slot + i) * g.l2_entry_bytes()) as u64;
+                    let guest = Some((used.guest + (slot + i) as u64 * g.cluster_size(), g.cluster_size()));
+                    let raw = raw.0 + i as u64 * g.cluster_size();
+                    let copied = raw >> 63 != 0;
+                    report.copied("L2 table", raw, place, guest, count, copied);
+                }
+                done += alike;
             }
             Ok(())
         })?;
@@ -186,7 +227,7 @@ pub(crate) fn copied_entries(
 /// The COPIED flags that do not fit the stored counts.
 pub(crate) fn copied_findings(image: &Image, walked: &Walked) -> Result<Vec<Finding>, ImageError> {
     let mut report = CheckReport { every: true, ..CheckReport::default() };
-    copied_flags(image, walked, &mut report)?;
+    copied_flags(image, walked, &Alone, &mut report)?;
     Ok(report.findings)
 }
 
@@ -221,6 +262,16 @@ fn compare(image: &Image, walked: &Walked, report: &mut CheckReport) {
 }
 
 impl CheckReport {
+    /// Adds what was found of other tables.
+    fn join(&mut self, part: Self) {
+        self.errors += part.errors;
+        self.allocated_clusters += part.allocated_clusters;
+        self.compressed_clusters += part.compressed_clusters;
+        self.fragmented_clusters += part.fragmented_clusters;
+        self.more_findings += part.more_findings;
+        part.findings.into_iter().for_each(|finding| self.list(finding));
+    }
+
     fn list(&mut self, finding: Finding) {
         if self.every || self.findings.len() < MOST_FINDINGS {
             self.findings.push(finding);
@@ -276,5 +327,14 @@ impl<'a> Counts<'a> {
         }
         let slot = usize::try_from(cluster.0 % per_block).unwrap_or(usize::MAX);
         self.block.as_ref().map_or(0, |(_, bytes)| place.width.get(bytes, slot))
+    }
+
+    /// The count of `cluster`, and how many clusters from there on have the same, at least 1 and at most `most`.
+    pub(crate) fn alike(&mut self, cluster: HostCluster, most: usize) -> (u64, usize) {
+        let count = self.get(cluster);
+        let place = self.table.place();
+        let slot = cluster.0 % place.width.per_block(place.geometry);
+        let bytes = self.block.as_ref().map_or(&[][..], |(_, bytes)| bytes);
+        (count, place.width.alike(bytes, usize::try_from(slot).unwrap_or(usize::MAX), most).max(1))
     }
 }

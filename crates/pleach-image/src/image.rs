@@ -279,6 +279,14 @@ impl Image {
         Ok(())
     }
 
+    /// Fills `table` with the L2 table at `at`, which lies in the file. By `pread`: pages of a map would count as this
+    /// process's memory, and a walk reads each once.
+    pub(crate) fn read_table(&self, at: HostOffset, table: &mut [u8]) -> Result<(), ImageError> {
+        let g = self.geometry();
+        check_inside("L2 table", at.0, g.cluster_size(), self.file_len(), g)?;
+        self.store.read_at(at.0, table).map_err(ImageError::io("read an L2 table"))
+    }
+
     /// What the active state says about the guest bytes that L1 entry number `index` answers for.
     ///
     /// # Errors

@@ -51,7 +51,8 @@ impl<I: Borrow<Image>> TableEditor<I> {
     }
 
     /// Leaves only what a disk of `size` bytes needs, in an L1 table and a last L2 table of their own: the change
-    /// becomes visible with the switch of the root, all at once.
+    /// becomes visible with the switch of the root, all at once. What the L1 entries behind that lead to is not among the
+    /// references that are dropped: the caller counts it.
     ///
     /// # Errors
     /// A damaged entry or table, or an image that cannot grow.
@@ -60,16 +61,7 @@ impl<I: Borrow<Image>> TableEditor<I> {
         let clusters = g.clusters_for(size).0;
         let keep = usize::try_from(g.required_l1(size)).unwrap_or(usize::MAX);
         self.move_l1 = true;
-        for index in keep..self.l1.len() {
-            let first = index as u64 * g.l2_entries();
-            for slot in 0..g.l2_entries() {
-                let old = self.mapping(GuestCluster(first + slot))?;
-                self.drop_target(old);
-            }
-            if let Some(table) = self.tables.remove(&index) {
-                self.drops.push(g.host_cluster(table.offset));
-            }
-        }
+        self.tables.retain(|&index, _| index < keep);
         self.l1.truncate(keep);
         let Some(last) = keep.checked_sub(1) else { return Ok(()) };
         let end = keep as u64 * g.l2_entries();

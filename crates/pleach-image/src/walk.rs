@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use pleach_alloc::{AllocError, Census, Place, RefcountTable};
 use pleach_format::{
@@ -13,7 +14,9 @@ use pleach_format::{
 };
 
 use crate::image::{check_inside, read_l1};
-use crate::{Image, ImageError};
+use crate::spans::spans;
+use crate::workers::{collect, tables_a_piece};
+use crate::{Image, ImageError, Workers};
 
 /// Something wrong in an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +61,7 @@ pub(crate) struct Walked {
 ///
 /// # Errors
 /// What `sink` says; a file that cannot be read.
-pub(crate) fn walk(image: &Image, sink: &mut Sink<'_>) -> Result<Walked, ImageError> {
+pub(crate) fn walk(image: &Image, workers: &dyn Workers, sink: &mut Sink<'_>) -> Result<Walked, ImageError> {
     let header = image.header();
     let place = Place::of(header);
     let counts = refcounts(image, place, sink)?;
@@ -69,7 +72,7 @@ pub(crate) fn walk(image: &Image, sink: &mut Sink<'_>) -> Result<Walked, ImageEr
     walk.census.add_bytes(&place, header.l1_table_offset(), u64::from(header.l1_size()) * 8, 1);
     walk.l1(image.l1(), header.l1_table_offset(), 0, true, 1, sink)?;
     walk.snapshots(sink)?;
-    walk.l2_tables(sink)?;
+    walk.l2_tables(workers, sink)?;
     walk.bitmaps(sink)?;
     walk.encryption(sink)?;
     walk.extensions(sink)?;
@@ -283,43 +286,33 @@ impl Walk<'_> {
         Ok(())
     }
 
-    /// Reads each L2 table once.
-    fn l2_tables(&mut self, sink: &mut Sink<'_>) -> Result<(), ImageError> {
-        let g = self.geometry();
-        let mut entries = Entries::new(self.image);
-        for (&at, used) in &self.tables {
-            self.census.add_bytes(&self.place, HostOffset(at), g.cluster_size(), used.references);
-            // Clusters that follow one another are counted together: `run` is where they start and end. What starts
-            // where a cluster does, and right behind the others, has no cluster in common with them.
-            let mut run = 0..0;
-            let mut count = |run: Range<u64>| {
-                let len = run.end - run.start;
-                self.census.add_bytes(&self.place, HostOffset(run.start), len, used.references);
-            };
-            entries.for_each(at, |slot, entry, target| {
-                let guest = used.guest + slot as u64 * g.cluster_size();
-                let bad = |(code, message): (&'static str, String)| Finding {
-                    code,
-                    structure: "L2 table",
-                    offset: Some(at + slot as u64 * g.l2_entry_bytes() as u64),
-                    guest: Some((guest, g.cluster_size())),
-                    message: format!("L2 entry {:#x}: {message}", entry.0),
-                    times: used.references,
-                };
-                match target {
-                    Ok(Target { offset, len, complaint }) => {
-                        if offset == run.end && g.is_aligned(offset) {
-                            run.end += len;
-                        } else {
-                            count(std::mem::replace(&mut run, offset..offset.saturating_add(len)));
-                        }
-                        complaint.map_or(Ok(()), |complaint| sink(bad(complaint)))
-                    }
-                    Err(complaint) => sink(bad(complaint)),
-                }
-            })?;
-            count(run);
+    /// Reads each L2 table once: a piece of them at a time, several pieces at once. A piece in which anything is wrong has no
+    /// effect, and is read again afterwards, for `sink`.
+    fn l2_tables(&mut self, workers: &dyn Workers, sink: &mut Sink<'_>) -> Result<(), ImageError> {
+        let tables: Vec<_> = self.tables.iter().collect();
+        let pieces: Vec<_> = tables.chunks(tables_a_piece(self.geometry().cluster_bytes())).collect();
+        let piece = |i: usize| pieces.get(i).copied().unwrap_or_default();
+        let (image, place) = (self.image, self.place);
+        let census = Mutex::new(std::mem::take(&mut self.census));
+        let count = |met: Vec<Met>| {
+            let mut census = census.lock().unwrap_or_else(PoisonError::into_inner);
+            for Met { bytes, times } in met {
+                census.add_bytes(&place, HostOffset(bytes.start), bytes.end - bytes.start, times);
+            }
+        };
+        let whole = collect(workers, pieces.len(), |i| {
+            let met = meet(image, piece(i), &mut |_| Err(ImageError::Failed));
+            met.is_ok_and(|met| {
+                count(met);
+                true
+            })
+        });
+        for (i, whole) in whole.into_iter().enumerate() {
+            if !whole {
+                count(meet(image, piece(i), sink)?);
+            }
         }
+        self.census = census.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(())
     }
 
@@ -461,6 +454,51 @@ impl Walk<'_> {
     }
 }
 
+/// Bytes of the file that something refers to so many times. Where they are many clusters, they are whole ones.
+struct Met {
+    bytes: Range<u64>,
+    times: u64,
+}
+
+/// What some L2 tables refer to, themselves included.
+fn meet(image: &Image, tables: &[(&u64, &TableUse)], sink: &mut Sink<'_>) -> Result<Vec<Met>, ImageError> {
+    let g = image.geometry();
+    let mut entries = Entries::new(image);
+    let mut all = Vec::new();
+    for &(&at, used) in tables {
+        let times = used.references;
+        all.push(Met { bytes: at..at + g.cluster_size(), times });
+        // Clusters that follow one another are counted together: `run` is where they start and end. What starts
+        // where a cluster does, and right behind the others, has no cluster in common with them.
+        let mut run = 0..0;
+        entries.for_each_span(at, |slot, _, entry, target| {
+            let guest = used.guest + slot as u64 * g.cluster_size();
+            let bad = |(code, message): (&'static str, String)| Finding {
+                code,
+                structure: "L2 table",
+                offset: Some(at + slot as u64 * g.l2_entry_bytes() as u64),
+                guest: Some((guest, g.cluster_size())),
+                message: format!("L2 entry {:#x}: {message}", entry.0),
+                times,
+            };
+            match target {
+                Ok(Target { offset, len, complaint }) => {
+                    if offset == run.end && g.is_aligned(offset) {
+                        run.end += len;
+                    } else {
+                        let bytes = std::mem::replace(&mut run, offset..offset.saturating_add(len));
+                        all.push(Met { bytes, times });
+                    }
+                    complaint.map_or(Ok(()), |complaint| sink(bad(complaint)))
+                }
+                Err(complaint) => sink(bad(complaint)),
+            }
+        })?;
+        all.push(Met { bytes: run, times });
+    }
+    Ok(all)
+}
+
 /// In a data file, offset 0 is a place too: for judging the bitmap alone, `entry` with another one in its stead.
 fn in_some_file(entry: ExtendedL2Entry, elsewhere: bool, g: Geometry) -> ExtendedL2Entry {
     match elsewhere && entry.descriptor.copied() {
@@ -587,19 +625,47 @@ impl<'a> Entries<'a> {
         at: u64,
         mut each: impl FnMut(usize, L2Entry, Result<Target, Complaint>) -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
-        self.image.read_l2_table(L1Entry(at), &mut self.table)?;
-        let g = self.image.geometry();
-        self.image.for_each_entry(&self.table, |slot, entry| {
-            let raw = entry.descriptor;
-            if let Some(data) = raw.plain_data(g, self.last) {
-                return each(
-                    slot,
-                    raw,
-                    Ok(Target { offset: data.0, len: g.cluster_size(), complaint: None }),
-                );
-            }
-            self.judge(entry).map_or(Ok(()), |target| each(slot, raw, target))
+        let cluster = self.image.geometry().cluster_size();
+        self.for_each_span(at, |slot, n, raw, target| match target {
+            Ok(target) if n > 1 => (0..n).try_for_each(|i| {
+                let by = i as u64 * cluster;
+                let target = Target { offset: target.offset + by, len: cluster, complaint: None };
+                each(slot + i, L2Entry(raw.0 + by), Ok(target))
+            }),
+            target => each(slot, raw, target),
         })
+    }
+
+    /// As [`for_each`](Self::for_each), but plain data clusters that follow one another, in the table and in the file, come
+    /// together: their number, the first one's descriptor, and a target that covers all of them.
+    ///
+    /// # Errors
+    /// As [`for_each`](Self::for_each).
+    pub(crate) fn for_each_span(
+        &mut self,
+        at: u64,
+        mut each: impl FnMut(usize, usize, L2Entry, Result<Target, Complaint>) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
+        let g = self.image.geometry();
+        let mut table = std::mem::take(&mut self.table);
+        table.resize(g.cluster_bytes(), 0);
+        self.image.read_table(HostOffset(at), &mut table)?;
+        spans(&table, g, |span| {
+            let (raw, more) = (span.entry.descriptor, (span.len as u64 - 1) * g.cluster_size());
+            if let Some(data) = raw.plain_data(g, self.last)
+                && data.0 + more <= self.last.0
+            {
+                let target = Target { offset: data.0, len: more + g.cluster_size(), complaint: None };
+                return each(span.slot, span.len, raw, Ok(target));
+            }
+            (0..span.len).try_for_each(|i| {
+                let entry = span.entry(g, i);
+                let judged = self.judge(entry);
+                judged.map_or(Ok(()), |target| each(span.slot + i, 1, entry.descriptor, target))
+            })
+        })?;
+        self.table = table;
+        Ok(())
     }
 
     /// What any entry refers to, or what is wrong with it; `None` if neither.

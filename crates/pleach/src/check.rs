@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use pleach_engine::survey::{FileFormat, Survey};
-use pleach_engine::{Error, ErrorKind, Repair, Result, undo_repair};
+use pleach_engine::{Error, ErrorKind, Repair, Result, Threads, undo_repair};
 use pleach_format::Incompatible;
-use pleach_image::{CheckReport, Finding, Image, RepairMode, check};
+use pleach_image::{CheckReport, Finding, Image, RepairMode, check_with};
 use pleach_store::{Access, Disk, FileKind, RealDisk, Role};
 use serde_json::{Value, json};
 
@@ -154,7 +154,7 @@ fn one(path: &Path, args: &CheckArgs) -> Result<Checked> {
         );
     }
     let image = Image::open(store).map_err(|e| Error::image(path, e))?;
-    let report = check(&image).map_err(|e| Error::image(path, e))?;
+    let report = check_with(&image, &Threads).map_err(|e| Error::image(path, e))?;
     Ok(Checked { dirty: image.header().incompatible().has(Incompatible::DIRTY), report, repaired: None })
 }
 

@@ -11,7 +11,7 @@ use super::links::clusters;
 use crate::census::MOST_DIFFERENCES;
 use crate::check::copied_findings;
 use crate::walk::{Walked, walk};
-use crate::{CheckReport, Image, ImageError};
+use crate::{Alone, CheckReport, Image, ImageError};
 
 /// Largest refcount table that QEMU opens.
 const MAX_TABLE: u64 = 8 << 20;
@@ -48,7 +48,7 @@ pub(crate) fn lower_leaks(
         return Ok(());
     }
     let image = repairer.image()?;
-    let walked = walk(&image, &mut |_| Ok(()))?;
+    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
     if shared(&walked) {
         let message = format!(
             "{} leaked clusters stay counted: a refcount block is where something else is, too",
@@ -118,7 +118,7 @@ fn readings(image: &Image, entry: u64) -> BTreeSet<u64> {
 pub(crate) fn settle(repairer: &mut Repairer) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let mut damaged = repairer.rebuild;
-    let mut walked = walk(&image, &mut |finding| {
+    let mut walked = walk(&image, &Alone, &mut |finding| {
         damaged |= matches!(finding.code, "refcount-block-pointer" | "refcount-table");
         Ok(())
     })?;
@@ -379,7 +379,7 @@ pub(crate) fn copied_flags(repairer: &mut Repairer) -> Result<(), ImageError> {
 
 fn flags(repairer: &mut Repairer) -> Result<(), ImageError> {
     let image = repairer.image()?;
-    let walked = walk(&image, &mut |_| Ok(()))?;
+    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
     let findings = copied_findings(&image, &walked)?;
     drop(image);
     for finding in findings {

@@ -13,7 +13,7 @@ use super::entry::{Becomes, Judge};
 use super::pointers::{Roles, judge};
 use crate::check::Counts;
 use crate::walk::{Entries, walk};
-use crate::{Image, ImageError, codec};
+use crate::{Alone, Image, ImageError, codec};
 
 /// The clusters that `len` bytes from `offset` touch.
 pub(crate) fn clusters(g: Geometry, offset: u64, len: u64) -> RangeInclusive<u64> {
@@ -43,7 +43,7 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
     if judge.elsewhere {
         return Ok(());
     }
-    let walked = walk(&image, &mut |_| Ok(()))?;
+    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
     let mut stored = Counts::new(&walked.counts);
     let mut entries = Entries::new(&image);
     let mut owners: HashMap<u64, (u64, u64)> = HashMap::new();

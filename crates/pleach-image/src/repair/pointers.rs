@@ -10,7 +10,7 @@ use super::snapshots::Kept;
 use super::{Repairer, links};
 use crate::image::{check_inside, read_l1};
 use crate::walk::walk;
-use crate::{Image, ImageError};
+use crate::{Alone, Image, ImageError};
 
 /// What metadata is in which cluster. Refcount structures are not among it: they can be made anew elsewhere.
 #[derive(Debug, Default)]
@@ -270,7 +270,7 @@ impl Changes {
 pub(crate) fn mend_l2(repairer: &mut Repairer) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let (g, judge) = (image.geometry(), judge(repairer, &image));
-    let walked = walk(&image, &mut |_| Ok(()))?;
+    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
     for (&at, used) in &walked.tables {
         let table = image.l2_table(L1Entry(at))?.unwrap_or_default();
         let mut verdicts = Vec::new();

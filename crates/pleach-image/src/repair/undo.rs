@@ -19,6 +19,7 @@ use pleach_format::HostOffset;
 use pleach_store::Store;
 
 use super::Repairer;
+use crate::Alone;
 use crate::ImageError;
 use crate::walk::walk;
 
@@ -108,7 +109,7 @@ pub(super) fn witnesses(repairer: &Repairer) -> Result<Vec<(u64, u64)>, ImageErr
     let cluster = image.geometry().cluster_size();
     let old_len = repairer.draft.old_len();
     let mut all = BTreeSet::from([(0, 512)]);
-    let walked = walk(&image, &mut |_| Ok(()))?;
+    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
     let header = image.header();
     all.insert((header.l1_table_offset().0, u64::from(header.l1_size()) * 8));
     all.extend(walked.tables.keys().map(|&at| (at, cluster)));

@@ -6,9 +6,10 @@ mod ops;
 mod resize;
 mod snapshots;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use pleach_alloc::{Allocator, Place};
+use pleach_alloc::{Allocator, Census, Change, Place};
 use pleach_format::{Autoclear, GuestCluster, HostCluster, HostOffset, Incompatible, Mapping};
 use pleach_store::Store;
 
@@ -18,9 +19,10 @@ use self::cell::{Cell, Shape};
 pub use self::snapshots::NewSnapshot;
 use crate::codec::Compressor;
 use crate::image::Table;
+use crate::recount::{Effect, change_counts};
 use crate::{
-    Chain, Image, ImageError, RepairMode, TableEditor, clear_unknown_autoclear, leaked, publish, release,
-    repair,
+    Alone, Chain, Image, ImageError, RepairMode, TableEditor, Workers, clear_unknown_autoclear, leaked_with,
+    publish, release, repair,
 };
 
 /// L2 tables kept in memory before they are published on their own account.
@@ -35,6 +37,8 @@ pub struct WriteOptions {
     pub data_file: Option<Arc<dyn Store>>,
     /// How hard compressed writes try: 1 (fast) to 9 (small) for zlib, 1 to 19 for zstd. `None`: the codec's default.
     pub level: Option<u32>,
+    /// Who reads and changes all tables, where that is to be done. `None`: the caller's thread.
+    pub workers: Option<Arc<dyn Workers>>,
 }
 
 /// A qcow2 image opened for reading and writing.
@@ -59,6 +63,7 @@ struct State {
     /// The data file is a faithful raw image and must stay one.
     raw: bool,
     level: Option<u32>,
+    workers: Arc<dyn Workers>,
     /// For compressed writes, once there was one. The mutex is there to let readers share this.
     compressor: Option<Mutex<Compressor>>,
     editor: TableEditor<Arc<Image>>,
@@ -96,7 +101,8 @@ impl Writer {
             None => image,
         };
         image.check_writable()?;
-        leaked(&image)?;
+        let workers = options.workers.unwrap_or_else(|| Arc::new(Alone));
+        leaked_with(&image, &*workers)?;
         let header = image.header();
         let shape = Shape { geometry: image.geometry(), version: header.version(), external };
         let raw = header.autoclear().has(Autoclear::RAW_DATA_FILE);
@@ -107,6 +113,7 @@ impl Writer {
             data: options.data_file,
             backing: options.backing.unwrap_or_else(|| Chain::new(Vec::new())),
             level: options.level,
+            workers,
             compressor: None,
             packing: None,
             changed: false,
@@ -381,13 +388,64 @@ impl State {
             // The cluster that is being filled with compressed data may be among them.
             self.packing = None;
         }
-        let size = self.shape.geometry.cluster_size();
         let freed = self.allocator.reuse();
         for run in freed.chunk_by(|a, b| a.0 + 1 == b.0) {
             let Some((first, last)) = run.first().zip(run.last()) else { continue };
-            let range = first.0 * size..(last.0 + 1) * size;
-            self.store.discard(range).map_err(ImageError::io("give space back"))?;
+            self.punch(first.0..last.0 + 1)?;
         }
+        Ok(())
+    }
+
+    /// Gives the space of free clusters back.
+    fn punch(&self, clusters: Range<u64>) -> Result<(), ImageError> {
+        let size = self.shape.geometry.cluster_size();
+        let range = clusters.start * size..clusters.end * size;
+        self.store.discard(range).map_err(ImageError::io("give space back"))
+    }
+
+    /// Writes one more count for every reference of `census`, which [`may_raise`](Self::may_raise) allowed. Durable after the
+    /// next barrier, and before anything else that is written.
+    fn raise_all(&mut self, census: &Census) -> Result<(), ImageError> {
+        self.change_all(census, Change::Raise, Effect::Write)?;
+        self.reload()
+    }
+
+    /// Writes one count less for every reference of `census`, to which nothing durable leads any more, and gives the space of
+    /// what becomes free back.
+    fn lower_all(&mut self, census: &Census) -> Result<(), ImageError> {
+        // What an abandoned refcount table took goes first: it is known to the allocator only.
+        self.release(&[])?;
+        let freed = self.change_all(census, Change::Lower, Effect::Write)?;
+        self.barrier()?;
+        self.reload()?;
+        if let Some(first) = freed.first() {
+            let from = self.allocator.cursor().0.min(first.start);
+            self.allocator.search_from(HostCluster(from));
+            self.packing = None;
+        }
+        freed.into_iter().try_for_each(|clusters| self.punch(clusters))
+    }
+
+    /// Refuses what [`raise_all`](Self::raise_all) could not write.
+    fn may_raise(&self, census: &Census) -> Result<(), ImageError> {
+        self.change_all(census, Change::Raise, Effect::Try).map(drop)
+    }
+
+    fn change_all(
+        &self,
+        census: &Census,
+        change: Change,
+        effect: Effect,
+    ) -> Result<Vec<Range<u64>>, ImageError> {
+        let place = Place::of(self.image.header());
+        change_counts(&*self.store, place, census, change, effect, &*self.workers)
+    }
+
+    /// Takes the counts as they are in the file; where to look for free clusters stays.
+    fn reload(&mut self) -> Result<(), ImageError> {
+        let from = self.allocator.cursor();
+        self.allocator = Allocator::load(&*self.store, Place::of(self.image.header()))?;
+        self.allocator.search_from(from);
         Ok(())
     }
 

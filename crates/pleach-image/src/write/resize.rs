@@ -5,6 +5,7 @@ use pleach_format::{FormatError, GuestCluster, GuestOffset, HostOffset, Version}
 
 use super::cell::Cell;
 use super::{State, Writer};
+use crate::recount::references;
 use crate::{ImageError, clear_unknown_autoclear};
 
 impl Writer {
@@ -124,8 +125,12 @@ impl State {
     }
 
     fn shrink(&mut self, size: u64) -> Result<(), ImageError> {
+        let kept = usize::try_from(self.shape.geometry.required_l1(size)).unwrap_or(usize::MAX);
+        let lost = references(&self.image, self.image.l1().get(kept..).unwrap_or_default(), &*self.workers)?;
         self.editor.cut_to(&mut self.allocator, size)?;
         self.publish_with(Some(size))?;
+        self.lower_all(&lost)?;
+        drop(lost);
         self.clear_tail(size)?;
         self.publish()?;
         // The copies had to lie behind everything; now there is room further down, and the file can be cut before them.

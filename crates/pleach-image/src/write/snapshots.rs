@@ -4,13 +4,13 @@
 //! each L2 table and on everything these lead to. What the header names changes in one write; while counts and COPIED
 //! flags do not fit each other yet, a version 3 image is marked dirty.
 
-use pleach_alloc::{Allocator, Place, Write};
+use pleach_alloc::{Census, Place, RefcountTable, Write};
 use pleach_format::{HostCluster, HostOffset, Incompatible, L1Entry, SnapshotRecord, Version};
 
 use super::{State, Writer};
-use crate::check::copied_entries;
 use crate::image::find_snapshot;
 use crate::publish::{NewRoot, mark, set_snapshots};
+use crate::recount::{Flags, references, set_copied};
 use crate::{ImageError, Switch, clear_unknown_autoclear, publish};
 
 /// What a new snapshot says about itself.
@@ -39,12 +39,8 @@ impl Writer {
             let what = format!("the image has {} snapshots, and can have no more", records.len());
             return Err(ImageError::Refused { what });
         }
-        let l1 = state.image.l1().to_vec();
-        if let Err(error) = state.raise_tree(&l1) {
-            // Nothing was written: forget what was counted.
-            state.reload()?;
-            return Err(error);
-        }
+        let shared = state.references(state.image.l1())?;
+        state.may_raise(&shared)?;
         let id = next_id(&records);
         records.push(SnapshotRecord {
             l1_table_offset: 0,
@@ -60,7 +56,7 @@ impl Writer {
             unknown_extra: Vec::new(),
             stored_bytes: 0,
         });
-        state.guard(|state| state.take(records))?;
+        state.guard(|state| state.take(records, &shared))?;
         Ok(id)
     }
 
@@ -80,11 +76,14 @@ impl Writer {
         }
         let record = find_snapshot(state.image.snapshots()?, wanted)?;
         let (l1, size) = state.image.snapshot_l1(&record)?;
-        if let Err(error) = state.raise_tree(&l1) {
-            state.reload()?;
-            return Err(error);
-        }
-        state.guard(|state| state.apply(l1, size))
+        let mut gained = state.references(&l1)?;
+        let mut lost = state.references(state.image.l1())?;
+        let old = u64::from(state.image.header().l1_size()) * 8;
+        lost.add_bytes(&Place::of(state.image.header()), state.image.l1_table_offset(), old, 1);
+        // What both lead to is counted as it was.
+        gained.cancel(&mut lost);
+        state.may_raise(&gained)?;
+        state.guard(|state| state.apply(l1, size, &gained, &lost))
     }
 
     /// Deletes an internal snapshot; what only it kept is given back.
@@ -98,7 +97,12 @@ impl Writer {
         let mut records = state.records()?;
         let gone = find_snapshot(records.clone(), wanted)?;
         records.retain(|r| r.l1_table_offset != gone.l1_table_offset || r.id != gone.id);
-        state.guard(|state| state.delete(&gone, &records))
+        let at = HostOffset(gone.l1_table_offset);
+        let l1 = crate::image::read_l1(&*state.store, state.shape.geometry, at, gone.l1_size)?;
+        let mut lost = state.references(&l1)?;
+        lost.add_bytes(&Place::of(state.image.header()), at, u64::from(gone.l1_size) * 8, 1);
+        drop(l1);
+        state.guard(|state| state.delete(&records, &lost))
     }
 
     /// Gives an internal snapshot another name.
@@ -147,46 +151,8 @@ impl State {
         Ok(records)
     }
 
-    /// Forgets counts that were changed in memory.
-    fn reload(&mut self) -> Result<(), ImageError> {
-        self.allocator = Allocator::load(&*self.store, Place::of(self.image.header()))?;
-        Ok(())
-    }
-
-    /// Calls `each` with every cluster that the tree under `l1` counts, once for each path that leads there.
-    fn walk_tree(
-        &mut self,
-        l1: &[L1Entry],
-        each: &mut dyn FnMut(&mut Self, HostCluster) -> Result<(), ImageError>,
-    ) -> Result<(), ImageError> {
-        let g = self.shape.geometry;
-        let image = std::sync::Arc::clone(&self.image);
-        for entry in l1 {
-            let at = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
-            let Some((at, table)) = at.zip(image.l2_table(*entry)?) else { continue };
-            each(self, g.host_cluster(at))?;
-            image.for_each_entry(&table, |_, entry| {
-                let mapping = entry.descriptor.decode(g, image.header().version());
-                let mapping = mapping.map_err(ImageError::format("L2 entry", None))?;
-                image.counted_clusters(mapping).try_for_each(|cluster| each(self, cluster))
-            })?;
-        }
-        Ok(())
-    }
-
-    /// One more count for everything in the tree under `l1`, in memory.
-    fn raise_tree(&mut self, l1: &[L1Entry]) -> Result<(), ImageError> {
-        self.walk_tree(l1, &mut |state, cluster| {
-            if !state.allocator.can_raise(cluster) {
-                let width = state.image.header().refcount_width().bits();
-                let what = format!(
-                    "cluster {} is counted as often as {width} bits can say; another state cannot share it",
-                    cluster.0
-                );
-                return Err(ImageError::Refused { what });
-            }
-            state.allocator.raise(cluster).map_err(ImageError::from)
-        })
+    fn references(&self, l1: &[L1Entry]) -> Result<Census, ImageError> {
+        references(&self.image, l1, &*self.workers)
     }
 
     /// ```text
@@ -198,10 +164,11 @@ impl State {
     /// 5  the old table's count; the bit off     the same
     /// ```
     ///
-    /// The last of `records` is the new one.
-    fn take(&mut self, mut records: Vec<SnapshotRecord>) -> Result<(), ImageError> {
+    /// The last of `records` is the new one; `shared` is what it and the active state will both refer to.
+    fn take(&mut self, mut records: Vec<SnapshotRecord>, shared: &Census) -> Result<(), ImageError> {
         let g = self.shape.geometry;
         self.mark_dirty(true)?;
+        self.raise_all(shared)?;
         let mut switch = Switch::default();
         let bytes: Vec<u8> =
             self.image.l1().iter().flat_map(|e| e.with_copied(false).0.to_be_bytes()).collect();
@@ -213,10 +180,9 @@ impl State {
                 new.l1_table_offset = offset.0;
             }
         }
-        let allocator = &mut self.allocator;
-        switch.entries = copied_entries(&self.image, &mut |cluster| allocator.count(cluster))?;
         let table = self.place_records(&records, &mut switch)?;
         publish(&*self.store, &mut self.allocator, &switch)?;
+        self.fit_copied(Fit::Shared)?;
         self.switch_records(&records, table)?;
         self.mark_dirty(false)
     }
@@ -226,14 +192,20 @@ impl State {
     /// 1  the dirty bit                          the old state, counts to be rebuilt
     /// 2  raised counts, the new L1 table        the same, plus leaks
     /// 3  size and L1 pointer (header)           the new state
-    /// 4  lowered counts of the old tree         the same
+    /// 4  lowered counts                         the same
     /// 5  COPIED flags that fit; the bit off     the same
     /// ```
-    fn apply(&mut self, l1: Vec<L1Entry>, size: u64) -> Result<(), ImageError> {
+    /// `gained` is what only the new state refers to, `lost` what only the old one does.
+    fn apply(
+        &mut self,
+        l1: Vec<L1Entry>,
+        size: u64,
+        gained: &Census,
+        lost: &Census,
+    ) -> Result<(), ImageError> {
         let g = self.shape.geometry;
         self.mark_dirty(true)?;
-        let old = self.image.l1().to_vec();
-        let old_at = self.image.header().l1_table_offset();
+        self.raise_all(gained)?;
         let mut l1: Vec<L1Entry> = l1.into_iter().map(|e| e.with_copied(false)).collect();
         let needed = usize::try_from(g.required_l1(size)).unwrap_or(usize::MAX);
         l1.resize(l1.len().max(needed), L1Entry::default());
@@ -248,15 +220,9 @@ impl State {
         let l1_size = u32::try_from(l1.len()).unwrap_or(u32::MAX);
         switch.root = Some(NewRoot { size, l1_size, l1_table_offset: at });
         publish(&*self.store, &mut self.allocator, &switch)?;
-        let mut drops = Vec::new();
-        self.walk_tree(&old, &mut |_, cluster| {
-            drops.push(cluster);
-            Ok(())
-        })?;
-        drops.extend(g.touched(old_at, old.len() as u64 * 8));
-        self.release(&drops)?;
         self.reopen()?;
-        self.fit_copied()?;
+        self.lower_all(lost)?;
+        self.fit_copied(Fit::Counts)?;
         self.mark_dirty(false)
     }
 
@@ -267,24 +233,15 @@ impl State {
     /// 3  lowered counts of its tree             the same
     /// 4  COPIED flags that fit; the bit off     the same
     /// ```
-    fn delete(&mut self, gone: &SnapshotRecord, records: &[SnapshotRecord]) -> Result<(), ImageError> {
-        let g = self.shape.geometry;
+    /// `lost` is what the snapshot that is not among `records` refers to.
+    fn delete(&mut self, records: &[SnapshotRecord], lost: &Census) -> Result<(), ImageError> {
         self.mark_dirty(true)?;
-        let at = HostOffset(gone.l1_table_offset);
-        let l1 = crate::image::read_l1(&*self.store, g, at, gone.l1_size)?;
-        let mut drops = Vec::new();
-        self.walk_tree(&l1, &mut |_, cluster| {
-            drops.push(cluster);
-            Ok(())
-        })?;
-        drops.extend(g.touched(at, u64::from(gone.l1_size) * 8));
         let mut switch = Switch::default();
         let table = self.place_records(records, &mut switch)?;
         publish(&*self.store, &mut self.allocator, &switch)?;
         self.switch_records(records, table)?;
-        self.release(&drops)?;
-        self.reopen()?;
-        self.fit_copied()?;
+        self.lower_all(lost)?;
+        self.fit_copied(Fit::Counts)?;
         self.mark_dirty(false)
     }
 
@@ -321,11 +278,18 @@ impl State {
         self.reopen()
     }
 
-    /// Writes COPIED flags of the active state that fit the counts, which are durable.
-    fn fit_copied(&mut self) -> Result<(), ImageError> {
-        let allocator = &mut self.allocator;
-        let entries = copied_entries(&self.image, &mut |cluster| allocator.count(cluster))?;
-        publish(&*self.store, &mut self.allocator, &Switch { entries, ..Switch::default() })?;
+    /// Writes the COPIED flags of the active state as they should be, for counts that are durable.
+    fn fit_copied(&mut self, fit: Fit) -> Result<(), ImageError> {
+        let wrote = match fit {
+            Fit::Shared => set_copied(&self.image, Flags::Clear, &*self.workers)?,
+            Fit::Counts => {
+                let table = RefcountTable::load(&*self.store, Place::of(self.image.header()))?;
+                set_copied(&self.image, Flags::Fit(&table), &*self.workers)?
+            }
+        };
+        if wrote {
+            self.barrier()?;
+        }
         self.reopen()
     }
 
@@ -340,4 +304,13 @@ impl State {
         mark(&*self.store, Incompatible::DIRTY, dirty)?;
         self.reopen()
     }
+}
+
+/// What COPIED flags have to fit.
+#[derive(Copy, Clone, Debug)]
+enum Fit {
+    /// A snapshot shares all that the active state has.
+    Shared,
+    /// The counts.
+    Counts,
 }
