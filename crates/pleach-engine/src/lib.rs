@@ -30,6 +30,7 @@
 
 mod buffer;
 pub mod catalog;
+mod compact;
 mod compare;
 pub mod convert;
 mod delete;
@@ -56,6 +57,7 @@ mod trust;
 mod watch;
 mod workers;
 
+pub use compact::{compact, plan_compact};
 pub use compare::{Comparison, Difference, compare};
 pub use delete::{
     DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, StateFill, Work, prepare,

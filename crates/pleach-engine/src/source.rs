@@ -125,15 +125,22 @@ pub fn open_writer_alone(disk: &dyn Disk, path: &Path) -> Result<Writer> {
     .map_err(|e| Error::image(path, e))
 }
 
-fn open_locked(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn Store>> {
+/// The file at `path`, which is a qcow2 image, locked for writing.
+pub(crate) fn open_locked(disk: &dyn Disk, path: &Path) -> Result<Arc<dyn Store>> {
     let store = disk.open(path, Access::Write).map_err(|e| Error::io("open the image", path, e))?;
     store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
+    check_magic(path, &*store)?;
+    Ok(store)
+}
+
+/// Refuses what is not a qcow2 image.
+pub(crate) fn check_magic(path: &Path, store: &dyn Store) -> Result<()> {
     let mut magic = [0; 4];
     store.read_at(0, &mut magic).map_err(|e| Error::io("read the image", path, e))?;
     if magic != *b"QFI\xfb" {
         return Err(Error::new(ErrorKind::Unsupported, "is not a qcow2 image").at(path));
     }
-    Ok(store)
+    Ok(())
 }
 
 struct Opening<'a> {

@@ -84,7 +84,7 @@ fn copied_flags(
     Ok(())
 }
 
-const PIECES_A_ROUND: usize = 64;
+const PIECES_A_ROUND: usize = 8;
 
 /// The same for some of the tables.
 fn copied_flags_of(

@@ -225,17 +225,17 @@ fn write(store: &dyn Store, offset: HostOffset, bytes: &[u8]) -> Result<(), Imag
     store.write_at(offset.0, bytes).map_err(ImageError::io("write metadata"))
 }
 
-fn barrier(store: &dyn Store) -> Result<(), ImageError> {
+pub(crate) fn barrier(store: &dyn Store) -> Result<(), ImageError> {
     store.barrier().map_err(ImageError::io("flush the image"))
 }
 
-fn read_sector(store: &dyn Store) -> Result<[u8; 512], ImageError> {
+pub(crate) fn read_sector(store: &dyn Store) -> Result<[u8; 512], ImageError> {
     let mut sector = [0; 512];
     store.read_at(0, &mut sector).map_err(ImageError::io("read the header"))?;
     Ok(sector)
 }
 
-fn write_sector(store: &dyn Store, sector: &[u8; 512]) -> Result<(), ImageError> {
+pub(crate) fn write_sector(store: &dyn Store, sector: &[u8; 512]) -> Result<(), ImageError> {
     store.write_at(0, sector).map_err(ImageError::io("write the header"))
 }
 

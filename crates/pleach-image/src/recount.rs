@@ -1,6 +1,6 @@
 //! Counts and COPIED flags of whole trees: by refcount blocks and by spans of L2 entries, without a look-up a cluster.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -9,6 +9,7 @@ use pleach_format::{HostCluster, HostOffset, L1Entry, Mapping};
 use pleach_store::Store;
 
 use crate::check::Counts;
+use crate::publish::barrier;
 use crate::spans::spans;
 use crate::workers::{collect, tables_a_piece};
 use crate::{Image, ImageError, Workers};
@@ -135,6 +136,60 @@ fn refusal(error: AllocError) -> ImageError {
         AllocError::Overflow { .. } => ImageError::Refused { what: error.to_string() },
         other => other.into(),
     }
+}
+
+/// How many refcount blocks are needed: those behind count nothing but one another.
+pub(crate) fn needed_blocks(table: &RefcountTable) -> u64 {
+    let place = table.place();
+    let (g, width) = (place.geometry, place.width);
+    let per_block = width.per_block(g);
+    let mut dropped = BTreeSet::new();
+    let last = table.blocks().len() as u64;
+    for index in (0..last).rev() {
+        let Some((at, bytes)) = table.read_block(index) else { continue };
+        dropped.insert(g.host_cluster(at).0);
+        let mut slot = 0;
+        while slot < usize::try_from(per_block).unwrap_or(0) {
+            let alike = width.alike(&bytes, slot, usize::MAX - slot).max(1);
+            let first = index * per_block + slot as u64;
+            let only_blocks = || (first..first + alike as u64).all(|c| dropped.contains(&c));
+            if width.get(&bytes, slot) != 0 && !only_blocks() {
+                return index + 1;
+            }
+            slot += alike;
+        }
+    }
+    0
+}
+
+/// Lets the refcount table lead to no block from number `keep` on; they count nothing but one another. Flushed. Returns the
+/// counts that the other blocks have of them.
+///
+/// A crash leaves clusters that nothing leads to: uncounted, or leaks.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn drop_blocks(store: &dyn Store, place: Place, keep: u64) -> Result<Census, ImageError> {
+    let table = RefcountTable::load(store, place)?;
+    let per_block = place.width.per_block(place.geometry);
+    let mut left = Census::new();
+    let kept = usize::try_from(keep).unwrap_or(usize::MAX);
+    let mut last = None;
+    for (index, block) in table.blocks().iter().enumerate().skip(kept) {
+        let Some(at) = block else { continue };
+        last = Some(index);
+        let cluster = place.geometry.host_cluster(*at);
+        if cluster.0 / per_block < keep {
+            left.add(cluster, 1);
+        }
+    }
+    if let Some(last) = last {
+        let zeros = vec![0; (last + 1 - kept) * 8];
+        let io = ImageError::io("write the refcount table");
+        store.write_at(place.table.0 + keep * 8, &zeros).map_err(io)?;
+        barrier(store)?;
+    }
+    Ok(left)
 }
 
 /// What COPIED flags shall say.

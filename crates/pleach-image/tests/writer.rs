@@ -182,7 +182,7 @@ impl<'a> Twins<'a> {
             let raw = RawImage::open(open("base.raw", Access::Read)).unwrap();
             Chain::new(vec![Arc::new(Layer::Raw(raw))])
         });
-        Writer::open(store, WriteOptions { backing, data_file, level: None })
+        Writer::open(store, WriteOptions { backing, data_file, ..WriteOptions::default() })
             .unwrap_or_else(|e| panic!("{}: {e}", self.what()))
     }
 

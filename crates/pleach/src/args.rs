@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Create(CreateArgs),
     /// Make an image's disk longer or shorter
     Resize(ResizeArgs),
+    /// Give space back in place: free clusters go, and what lies behind them moves down
+    Compact(CompactArgs),
     /// List and change the persistent bitmaps of an image
     Bitmap(BitmapArgs),
     /// Copy an image into a new file of either format, with or without compression
@@ -379,6 +381,34 @@ pub(crate) struct LayoutArgs {
     /// What is there before anything is written: nothing, the tables, space for the data too, or zeros
     #[arg(long, default_value = "off", value_parser = ["off", "metadata", "falloc", "full"])]
     pub(crate) preallocation: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CompactArgs {
+    /// The image
+    #[arg(value_name = "IMG")]
+    pub(crate) image: PathBuf,
+    /// Let data that are zeros, in whole clusters, become entries that say so
+    #[arg(long)]
+    pub(crate) zeroes: bool,
+    /// Show what would be done, and stop
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// Taken for uniformity: nothing is lost, so nothing is asked
+    #[arg(short, long)]
+    pub(crate) yes: bool,
+    /// How many threads read tables and move data
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
+    /// How progress is shown on stderr
+    #[arg(long, value_parser = ["bar", "json", "none"], default_value = "bar")]
+    pub(crate) progress: String,
+    /// Print exact sizes
+    #[arg(long)]
+    pub(crate) bytes: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

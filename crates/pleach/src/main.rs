@@ -5,6 +5,7 @@ mod act;
 mod args;
 mod bitmap;
 mod check;
+mod compact;
 mod compare;
 mod confirm;
 mod convert;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Command::Compare(args) => (args.json, compare::run(&args)),
         Command::Create(args) => (args.json, create::run(&args)),
         Command::Resize(args) => (args.json, resize::run(&args)),
+        Command::Compact(args) => (args.json, compact::run(&args)),
         Command::Bitmap(args) => (args.json, bitmap::run(&args)),
         Command::Convert(args) => (args.copy.json, convert::run(&args)),
         Command::Measure(args) => (args.copy.json, convert::measure(&args)),

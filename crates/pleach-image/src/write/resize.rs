@@ -1,11 +1,11 @@
 //! Another virtual size (reliability: one write of the header's first sector makes it visible).
 
-use pleach_alloc::{Allocator, Place};
+use pleach_alloc::{Allocator, Place, RefcountTable};
 use pleach_format::{FormatError, GuestCluster, GuestOffset, HostOffset, Version};
 
 use super::cell::Cell;
 use super::{State, Writer};
-use crate::recount::references;
+use crate::recount::{drop_blocks, needed_blocks, references};
 use crate::{ImageError, clear_unknown_autoclear};
 
 impl Writer {
@@ -27,7 +27,9 @@ impl Writer {
     /// shrink  1  copies of the L1 table and of    the old disk
     ///            the last L2 table, cut
     ///         2  size and L1 table (one write)    the old disk or the new one, plus leaks
-    ///         3  lowered counts, a shorter file   the new disk, plus leaks
+    ///         3  lowered counts, no refcount      the new disk, plus leaks
+    ///            blocks that count nothing else,
+    ///            a shorter file
     /// ```
     ///
     /// # Errors
@@ -139,6 +141,10 @@ impl State {
         if let Some(data) = &self.data {
             data.set_len(size).map_err(ImageError::io("cut the data file"))?;
         }
+        let place = Place::of(self.image.header());
+        let blocks = needed_blocks(&RefcountTable::load(&*self.store, place)?);
+        let left = drop_blocks(&*self.store, place, blocks)?;
+        self.lower_all(&left)?;
         let end = self.allocator.used_end();
         let bytes = self.shape.geometry.host_offset(end).0;
         if bytes < self.store.len().map_err(ImageError::io("find the file's length"))? {

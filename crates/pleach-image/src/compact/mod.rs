@@ -1,0 +1,151 @@
+//! Giving space back where a file lies: what nothing leads to goes, what lies behind moves down into free clusters, the rest
+//! of the file is cut. Snapshots, bitmaps and compressed clusters stay what they are.
+
+mod layout;
+mod moves;
+mod plan;
+#[cfg(test)]
+mod tests;
+mod zeroes;
+
+use std::sync::Arc;
+
+use pleach_alloc::{Census, Discrepancy};
+use pleach_format::Incompatible;
+use pleach_store::Store;
+
+use self::layout::Layout;
+use self::moves::{Done, Mover};
+use self::plan::Plan;
+use self::zeroes::Zeroes;
+use crate::publish::barrier;
+use crate::{
+    Image, ImageError, RepairMode, Workers, clear_unknown_autoclear, copied_repairs, leaked_with, repair,
+};
+
+/// What a compaction does besides.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct CompactOptions {
+    /// Guest data that are zeros, in whole clusters, become entries that say so.
+    pub zeroes: bool,
+}
+
+/// What a compaction does, or did.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Compaction {
+    /// Length of the file before, in bytes.
+    pub before: u64,
+    /// Length of the file afterwards, in bytes.
+    pub after: u64,
+    /// Clusters that were counted too often.
+    pub leaked: u64,
+    /// Clusters of data that become entries that say zeros.
+    pub zeroed: u64,
+    /// Bytes that are copied to other places in the file.
+    pub moved: u64,
+}
+
+/// Whoever is told how far a compaction is, and may stop it.
+pub trait Steps: Sync {
+    /// So many bytes will be moved.
+    fn expect(&self, bytes: u64);
+    /// So many bytes more were moved.
+    fn advance(&self, bytes: u64);
+    /// Whether to stop: the image is whole then, and compacting it again goes on.
+    fn stop(&self) -> bool;
+}
+
+/// What compacting `image` would do. Reads tables only, unless zeros are looked for.
+///
+/// # Errors
+/// As [`leaked_with`]; [`ImageError::NeedsRepair`]; [`ImageError::Refused`] for a cluster with two uses;
+/// [`ImageError::Unsupported`] for encryption.
+pub fn plan_compact(
+    image: &Image,
+    options: CompactOptions,
+    workers: &dyn Workers,
+) -> Result<Compaction, ImageError> {
+    image.check_writable()?;
+    let leaked = leaked_with(image, workers)?.len() as u64;
+    let zeroes = options.zeroes.then(|| Zeroes::find(image, workers)).transpose()?;
+    let layout = Layout::of(image, zeroes.as_ref(), workers)?;
+    let plan = Plan::of(&layout);
+    Ok(summary(image, leaked, zeroes.as_ref(), &plan))
+}
+
+fn summary(image: &Image, leaked: u64, zeroes: Option<&Zeroes>, plan: &Plan) -> Compaction {
+    let size = image.geometry().cluster_size();
+    Compaction {
+        before: image.file_len(),
+        after: length(plan, size, image.file_len()),
+        leaked,
+        zeroed: zeroes.map_or(0, Zeroes::count),
+        moved: plan.copied(size) * size,
+    }
+}
+
+/// How long a file of `len` bytes will be.
+fn length(plan: &Plan, cluster: u64, len: u64) -> u64 {
+    let end = plan.end * cluster;
+    if plan.moves() { end } else { end.min(len) }
+}
+
+/// Compacts the image in `store`, which the caller has locked for writing. At every instant other tools read all its states as
+/// they are; a crash leaves nothing worse than leaks. `None` if it was stopped.
+///
+/// # Errors
+/// As [`plan_compact`], but an image that is marked dirty is repaired; what the system says.
+pub fn compact(
+    store: &Arc<dyn Store>,
+    options: CompactOptions,
+    workers: &dyn Workers,
+    steps: &dyn Steps,
+) -> Result<Option<Compaction>, ImageError> {
+    let mut image = Image::open(Arc::clone(store))?;
+    let marks = image.header().incompatible();
+    if marks.has(Incompatible::DIRTY) && !marks.has(Incompatible::CORRUPT) {
+        repair(store, RepairMode::All)?;
+        image = Image::open(Arc::clone(store))?;
+    }
+    image.check_writable()?;
+    let leaks = leaked_with(&image, workers)?;
+    let zeroes = options.zeroes.then(|| Zeroes::find(&image, workers)).transpose()?;
+    let plan = Plan::of(&Layout::of(&image, zeroes.as_ref(), workers)?);
+    let done = summary(&image, leaks.len() as u64, zeroes.as_ref(), &plan);
+    clear_unknown_autoclear(&**store)?;
+    steps.expect(done.moved);
+    let mover = Mover { store, workers, steps };
+    give_back(&mover, &image, &leaks)?;
+    drop(leaks);
+    if let Some(zeroes) = zeroes {
+        let gone = zeroes.write(&image, workers)?;
+        barrier(&**store)?;
+        mover.lower(&gone)?;
+    }
+    drop(image);
+    Ok((mover.run(&plan)? == Done::Yes).then_some(done))
+}
+
+/// Lowers counts to the number of references, then lets the COPIED flags fit.
+fn give_back(mover: &Mover<'_>, image: &Image, leaks: &[Discrepancy]) -> Result<(), ImageError> {
+    if leaks.is_empty() {
+        return Ok(());
+    }
+    let mut census = Census::new();
+    let mut rest = leaks.to_vec();
+    // A count that is wrong by more than a census holds is lowered in steps.
+    while !rest.is_empty() {
+        for leak in &mut rest {
+            let by = (leak.stored - leak.references).min(u32::MAX.into());
+            census.add(leak.cluster, by);
+            leak.stored -= by;
+        }
+        mover.lower(&std::mem::take(&mut census))?;
+        rest.retain(Discrepancy::is_leak);
+    }
+    for write in copied_repairs(image)? {
+        let io = ImageError::io("write pointers");
+        mover.store.write_at(write.offset.0, &write.bytes).map_err(io)?;
+    }
+    barrier(&**mover.store)
+}

@@ -1,0 +1,242 @@
+//! Where everything goes: decided before anything moves, from the layout alone.
+
+use super::layout::{Extent, Layout, Role, Root};
+
+/// What a compaction moves.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// Clusters that the file will have.
+    pub(super) end: u64,
+    /// Refcount blocks that will be left.
+    pub(super) blocks: u64,
+    /// Refcount table clusters that will be left.
+    pub(super) table_clusters: u64,
+    /// Refcount blocks that are missing: number, and the free cluster that each gets.
+    pub(super) new_blocks: Vec<(u64, u64)>,
+    /// Single clusters that make room for roots: what they are, from, to.
+    pub(super) aside: Vec<(Role, u64, u64)>,
+    /// What is longer than a cluster, and its new first cluster.
+    pub(super) roots: Vec<(Root, u64)>,
+    /// Compressed data, and the new offset.
+    pub(super) packed: Vec<(Extent, u64)>,
+    /// Single clusters behind the end: from, to. Both in order.
+    pub(super) singles: Singles,
+}
+
+/// The moves of single clusters, as what is where before them.
+#[derive(Debug, Default)]
+pub(super) struct Singles {
+    roles: Vec<Role>,
+    end: u64,
+    blocks_left: Vec<u64>,
+}
+
+impl Singles {
+    /// The moves of the clusters of one role, in order. Roles take the free places in their fixed order.
+    pub(super) fn of(&self, role: Role) -> impl Iterator<Item = (u64, u64)> {
+        let before: u64 = [Role::Data, Role::Table, Role::Bits, Role::Block]
+            .into_iter()
+            .take_while(|other| *other != role)
+            .map(|other| self.behind(other).count() as u64)
+            .sum();
+        self.behind(role).zip(self.free().skip(usize::try_from(before).unwrap_or(usize::MAX)))
+    }
+
+    fn behind(&self, role: Role) -> impl Iterator<Item = u64> {
+        let index = usize::try_from(self.end).unwrap_or(usize::MAX);
+        let rest = self.roles.get(index..).unwrap_or_default();
+        let found = (self.end..).zip(rest).filter(move |(_, r)| **r == role).map(|(cluster, _)| cluster);
+        found.filter(move |c| role != Role::Block || self.blocks_left.binary_search(c).is_ok())
+    }
+
+    fn free(&self) -> impl Iterator<Item = u64> {
+        let index = usize::try_from(self.end).unwrap_or(usize::MAX);
+        let below = self.roles.get(..index).unwrap_or(&self.roles);
+        (0..).zip(below).filter(|(_, role)| **role == Role::Free).map(|(cluster, _)| cluster)
+    }
+
+    /// How many.
+    pub(super) fn count(&self) -> u64 {
+        [Role::Data, Role::Table, Role::Bits, Role::Block]
+            .into_iter()
+            .map(|role| self.behind(role).count() as u64)
+            .sum()
+    }
+}
+
+/// Tries that a plan is worth; more are made only where compressed data fit badly.
+const MOST_TRIES: usize = 200;
+
+impl Plan {
+    /// The plan with the lowest end that is found: as many clusters as are used, or a few more where what must stay together
+    /// does not fit.
+    pub(super) fn of(layout: &Layout) -> Self {
+        let (used, now) = (layout.used(), layout.end());
+        let structures = layout.blocks.iter().flatten().count() as u64;
+        let others = used - structures;
+        // Blocks that will not be needed lie behind the end, or are left there: both is found out by trying.
+        let mut end = (others..).find(|&end| others + end.div_ceil(layout.per_block) <= end).unwrap_or(now);
+        for _ in 0..MOST_TRIES {
+            if end >= now {
+                break;
+            }
+            match Self::attempt(layout, end) {
+                Ok(plan) => return plan,
+                Err(short) => end += short.max(1),
+            }
+        }
+        Self { end: now, ..Self::kept(layout, now) }
+    }
+
+    /// Nothing moves.
+    fn kept(layout: &Layout, end: u64) -> Self {
+        let blocks = end.div_ceil(layout.per_block);
+        let table_clusters = blocks.div_ceil(layout.per_table_cluster).max(1);
+        Self { end, blocks, table_clusters, ..Self::default() }
+    }
+
+    /// A plan for a file of `end` clusters; else how many clusters it is too short by, at least.
+    fn attempt(layout: &Layout, end: u64) -> Result<Self, u64> {
+        let mut plan = Self::kept(layout, end);
+        let mut room = Room { roles: layout.roles.clone(), end, from: 0 };
+        for index in 0..plan.blocks {
+            let known = usize::try_from(index).ok().and_then(|i| layout.blocks.get(i));
+            if known.copied().flatten().is_none() {
+                let cluster = room.free().ok_or(1u64)?;
+                room.set(cluster, 1, Role::Fixed);
+                plan.new_blocks.push((index, cluster));
+            }
+        }
+        let mut windows = Vec::new();
+        for root in layout.roots.iter().filter(|root| root.first + root.clusters > end) {
+            let first = room.window(root.clusters).ok_or(1u64)?;
+            for cluster in (first..first + root.clusters).filter(|&c| room.role(c).is_single()) {
+                windows.push((cluster, room.role(cluster)));
+            }
+            room.set(first, root.clusters, Role::Root);
+            plan.roots.push((*root, first));
+        }
+        for (cluster, role) in windows {
+            let to = room.free().ok_or(1u64)?;
+            room.set(to, 1, role);
+            plan.aside.push((role, cluster, to));
+        }
+        for (root, _) in &plan.roots {
+            // Free by the time that what follows is moved.
+            room.set(root.first, root.clusters, Role::Free);
+        }
+        room.from = 0;
+        plan.packed = room.pack(layout)?;
+        let first_gone = usize::try_from(plan.blocks).unwrap_or(usize::MAX);
+        let mut blocks_left: Vec<u64> =
+            layout.blocks.iter().take(first_gone).flatten().copied().filter(|&c| c >= end).collect();
+        blocks_left.sort_unstable();
+        let singles = Singles { roles: room.roles, end, blocks_left };
+        let (wanted, free) = (singles.count(), singles.free().count() as u64);
+        if wanted > free {
+            return Err(wanted - free);
+        }
+        plan.singles = singles;
+        Ok(plan)
+    }
+
+    /// Clusters that are copied.
+    pub(super) fn copied(&self, cluster: u64) -> u64 {
+        let roots: u64 = self.roots.iter().map(|(root, _)| root.clusters).sum();
+        let packed: u64 = self.packed.iter().map(|(extent, _)| extent.bytes).sum();
+        self.aside.len() as u64 + roots + packed.div_ceil(cluster) + self.singles.count()
+    }
+
+    /// Whether anything moves.
+    pub(super) fn moves(&self) -> bool {
+        let lists = self.aside.len() + self.roots.len() + self.packed.len() + self.new_blocks.len();
+        lists > 0 || self.singles.count() > 0
+    }
+}
+
+/// Where there is room while a plan is made.
+struct Room {
+    roles: Vec<Role>,
+    end: u64,
+    /// Below this nothing is free.
+    from: u64,
+}
+
+impl Room {
+    fn role(&self, cluster: u64) -> Role {
+        let role = usize::try_from(cluster).ok().and_then(|i| self.roles.get(i));
+        role.copied().unwrap_or(Role::Fixed)
+    }
+
+    fn set(&mut self, first: u64, n: u64, role: Role) {
+        let index = |c: u64| usize::try_from(c).unwrap_or(usize::MAX);
+        if let Some(part) = self.roles.get_mut(index(first)..index(first + n)) {
+            part.fill(role);
+        }
+    }
+
+    /// The first free cluster.
+    fn free(&mut self) -> Option<u64> {
+        let found = (self.from..self.end).find(|&c| self.role(c) == Role::Free);
+        self.from = found.unwrap_or(self.end);
+        found
+    }
+
+    /// The first of the `n` clusters in a row that are free, or can be with the fewest moves.
+    fn window(&self, n: u64) -> Option<u64> {
+        let cost = |c: u64| match self.role(c) {
+            Role::Free => Some(0),
+            role if role.is_single() => Some(1),
+            _ => None,
+        };
+        let (mut best, mut first, mut sum): (Option<(u64, u64)>, u64, u64) = (None, 1, 0);
+        for c in 1..self.end {
+            let Some(more) = cost(c) else {
+                (first, sum) = (c + 1, 0);
+                continue;
+            };
+            sum += more;
+            if c + 1 - first > n {
+                sum -= cost(first).unwrap_or(0);
+                first += 1;
+            }
+            if c + 1 - first == n && best.is_none_or(|(least, _)| sum < least) {
+                best = Some((sum, first));
+                if sum == 0 {
+                    break;
+                }
+            }
+        }
+        best.map(|(_, first)| first)
+    }
+
+    /// Places for the compressed data that reach behind the end. Data that share a sector stay together where they can;
+    /// all keep their place within a sector, on which the length of what they claim depends.
+    fn pack(&mut self, layout: &Layout) -> Result<Vec<(Extent, u64)>, u64> {
+        let (size, end) = (layout.cluster, self.end * layout.cluster);
+        let mut placed: Vec<(Extent, u64)> = Vec::new();
+        let mut hole = 0..0u64;
+        let mut before: Option<(Extent, u64)> = None;
+        for extent in layout.packed.iter().filter(|extent| extent.end() > end) {
+            let beside = before.filter(|(last, _)| extent.offset < last.end());
+            let mut to = beside.map_or_else(
+                || hole.start + (extent.offset.wrapping_sub(hole.start)) % 512,
+                |(last, to)| to + (extent.offset - last.offset),
+            );
+            while hole.is_empty() || to.saturating_add(extent.bytes) > hole.end {
+                // The next free clusters in a row.
+                let first = self.free().ok_or((extent.end() - end).div_ceil(size))?;
+                let n = (first..self.end).take_while(|&c| self.role(c) == Role::Free).count() as u64;
+                self.from = first + n;
+                hole = first * size..(first + n) * size;
+                to = hole.start + extent.offset % 512;
+            }
+            let (first, behind) = (to / size, (to + extent.bytes).div_ceil(size));
+            self.set(first, behind - first, Role::Packed);
+            placed.push((*extent, to));
+            before = Some((*extent, to));
+            hole.start = hole.start.max(to + extent.bytes);
+        }
+        Ok(placed)
+    }
+}

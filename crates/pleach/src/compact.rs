@@ -1,0 +1,67 @@
+//! `pleach compact`
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use pleach_engine::{Error, ErrorKind, Result, Watch, compact, plan_compact};
+use pleach_image::{CompactOptions, Compaction};
+use pleach_store::RealDisk;
+use serde_json::{Value, json};
+
+use crate::args::CompactArgs;
+use crate::progress::{Progress, Show};
+use crate::{output, size};
+
+pub(crate) fn run(args: &CompactArgs) -> Result<ExitCode> {
+    if let Some(jobs) = args.jobs {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(jobs)
+            .build_global()
+            .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))?;
+    }
+    let options = CompactOptions { zeroes: args.zeroes };
+    let done = if args.dry_run {
+        plan_compact(&RealDisk, &args.image, options)?
+    } else {
+        let watch = Arc::new(Watch::new());
+        let progress = Progress::start(Show::of(&args.progress), &watch);
+        let done = compact(&RealDisk, &args.image, options, &watch);
+        drop(progress);
+        done?
+    };
+    if args.json {
+        output::document(&json!({ "schema": 1, "plan": document(&args.image, &done) }));
+    } else {
+        output::print(&text(&args.image, &done, args.bytes, args.dry_run));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn document(path: &Path, done: &Compaction) -> Value {
+    json!({
+        "filename": path.display().to_string(),
+        "size_before": done.before,
+        "size_after": done.after,
+        "leaked_clusters": done.leaked,
+        "zeroed_clusters": done.zeroed,
+        "bytes_read": done.moved, "bytes_written": done.moved, "bytes_cloned": 0,
+        "bytes_freed": done.before.saturating_sub(done.after),
+        "copies": [], "renames": [], "unlinks": [], "rebases": [], "dependents": [],
+        "refused": null,
+    })
+}
+
+fn text(path: &Path, done: &Compaction, exact: bool, planned: bool) -> String {
+    let show = |bytes| size::show(bytes, exact);
+    let moved = if planned { "to be moved" } else { "moved" };
+    let mut out = format!("{}: {} -> {}", path.display(), show(done.before), show(done.after));
+    out.push_str(&format!("; {} {moved}", show(done.moved)));
+    for (clusters, what) in [(done.leaked, "leaked"), (done.zeroed, "of zeros")] {
+        if clusters > 0 {
+            out.push_str(&format!("; {clusters} clusters {what} {}", if planned { "go" } else { "gone" }));
+        }
+    }
+    out.push('\n');
+    out
+}

@@ -1,0 +1,117 @@
+//! `pleach compact`: the file becomes as long as was said, every state reads as before, and a kill at any moment harms nothing.
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use pleach_testkit::oracle::{self, Digest, check, check_clean, qemu_img, qemu_io, text};
+use pleach_testkit::{Format, Tool, WorkDir};
+
+const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
+
+/// An image with snapshots, bitmaps, compressed clusters, zeros, and much that was dropped again.
+fn worn(path: &Path, options: &str) {
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, text(path), "64M"]);
+    let io = |commands: &[&str]| qemu_io(path, Format::Qcow2, commands);
+    io(&["write -q -P 1 0 24M", "write -q -P 0 8M 4M", "write -q -c -P 2 40M 64k", "write -q -z 20M 1M"]);
+    qemu_img(&["snapshot", "-c", "gone", text(path)]);
+    io(&["write -q -P 3 4M 12M", "write -q -P 4 48M 8M"]);
+    qemu_img(&["snapshot", "-c", "kept", text(path)]);
+    qemu_img(&["bitmap", "--add", "-g", "64k", text(path), "b"]);
+    io(&["write -q -P 5 30M 6M", "discard -q 0 9M", "write -q -c -P 6 60M 64k", "write -q -c -P 7 61M 64k"]);
+    qemu_img(&["snapshot", "-d", "gone", text(path)]);
+}
+
+fn states(path: &Path) -> [Digest; 2] {
+    let raw = path.with_extension("raw");
+    qemu_img(&["convert", "-O", "raw", "-l", "snapshot.name=kept", text(path), text(&raw)]);
+    [oracle::digest(path, Format::Qcow2), oracle::digest(&raw, Format::Raw)]
+}
+
+#[test]
+fn the_size_is_as_predicted_and_nothing_else_changes() {
+    let work = WorkDir::new("compact");
+    for options in
+        ["cluster_size=64k", "cluster_size=4k,refcount_bits=8", "cluster_size=512", "extended_l2=on"]
+    {
+        let path = work.join("image.qcow2");
+        worn(&path, options);
+        let before = states(&path);
+        let bitmaps = oracle::info(&path)["format-specific"]["data"]["bitmaps"].clone();
+        for more in [&[][..], &["--zeroes"]] {
+            let run = |args: &[&str]| {
+                Tool::new(PLEACH).json(&[&["compact", text(&path), "--json"], args, more].concat())
+            };
+            let len = fs::metadata(&path).unwrap().len();
+            let said = run(&["-n"])["plan"].clone();
+            assert_eq!(fs::metadata(&path).unwrap().len(), len, "{options}: -n changes nothing");
+            let done = run(&["-y"])["plan"].clone();
+            assert_eq!(said, done, "{options} {more:?}");
+            assert_eq!(fs::metadata(&path).unwrap().len(), said["size_after"], "{options} {more:?}");
+            assert!(said["size_after"].as_u64() < Some(len), "{options} {more:?}: {said}");
+            check_clean(&path);
+            assert_eq!(states(&path), before, "{options} {more:?}");
+            assert_eq!(oracle::info(&path)["format-specific"]["data"]["bitmaps"], bitmaps, "{options}");
+        }
+    }
+}
+
+#[test]
+fn a_kill_at_any_moment_harms_nothing() {
+    let work = WorkDir::new("compact-kill");
+    let (path, worn_out) = (work.join("image.qcow2"), work.join("worn.qcow2"));
+    worn(&worn_out, "cluster_size=4k");
+    let before = states(&worn_out);
+    let (mut killed, mut wait) = (0, 0u64);
+    while wait < 400 {
+        fs::copy(&worn_out, &path).unwrap();
+        let command = ["compact", text(&path), "--zeroes", "--jobs", "1"];
+        let outcome = Tool::new(PLEACH).spawn(&command).kill_after(Duration::from_millis(wait));
+        let ended = outcome.code == Some(0);
+        let found = check(&path, Format::Qcow2);
+        assert!(found.is_safe(), "after {wait} ms: {}", found.text);
+        assert_eq!(states(&path), before, "after {wait} ms");
+        Tool::new(PLEACH).succeed(&["compact", text(&path), "--zeroes"]);
+        check_clean(&path);
+        assert_eq!(states(&path), before, "after {wait} ms, gone on");
+        if ended {
+            break;
+        }
+        killed += 1;
+        wait += 1 + wait / 3;
+    }
+    assert!(killed > 2, "{killed} kills");
+}
+
+#[test]
+fn an_image_of_one_state_is_as_short_as_measured() {
+    let work = WorkDir::new("compact-measure");
+    for options in ["cluster_size=64k", "cluster_size=4k", "cluster_size=2k,compat=0.10"] {
+        let path = work.join("image.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, text(&path), "64M"]);
+        qemu_io(&path, Format::Qcow2, &["write -q -P 1 0 40M", "discard -q 0 11M", "discard -q 20M 9M"]);
+        let cluster = oracle::info(&path)["cluster-size"].to_string();
+        let measured =
+            Tool::new(PLEACH).json(&["measure", "--json", "--cluster-size", &cluster, text(&path)]);
+        Tool::new(PLEACH).succeed(&["compact", text(&path)]);
+        let len = fs::metadata(&path).unwrap().len();
+        assert!(Some(len) <= measured["required"].as_u64(), "{options}: {len}, {measured}");
+        check_clean(&path);
+        qemu_io(&path, Format::Qcow2, &["read -q -P 0 0 11M", "read -q -P 1 11M 9M", "read -q -P 1 29M 11M"]);
+    }
+}
+
+#[test]
+fn what_it_cannot_do_is_refused() {
+    let work = WorkDir::new("compact-refused");
+    let raw = work.join("raw");
+    fs::write(&raw, vec![0; 4096]).unwrap();
+    let nowhere = work.join("nowhere");
+    for (path, code) in [(&raw, 8), (&nowhere, 7)] {
+        for more in [&[][..], &["-n"]] {
+            let outcome = Tool::new(PLEACH).run(&[&["compact", text(path)], more].concat());
+            assert_eq!(outcome.code, Some(code), "{outcome}");
+        }
+    }
+}
