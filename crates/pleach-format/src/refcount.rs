@@ -239,7 +239,7 @@ mod tests {
                 assert!(!width.holds(&block, &counts), "order {order} index {i}");
                 counts[i] ^= 1;
             }
-            let mut other = block.clone();
+            let mut other = block;
             let by: std::vec::Vec<u32> = (0..n).map(|i| u32::from(i % 3 == 0)).collect();
             let full = (0..n).position(|i| by[i] == 1 && width.get(&block, i) == width.max());
             assert_eq!(width.raise(&mut other, &by).err(), full, "order {order}");

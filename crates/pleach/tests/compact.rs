@@ -14,7 +14,7 @@ const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
 fn worn(path: &Path, options: &str) {
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, text(path), "64M"]);
     let io = |commands: &[&str]| qemu_io(path, Format::Qcow2, commands);
-    io(&["write -q -P 1 0 24M", "write -q -P 0 8M 4M", "write -q -c -P 2 40M 64k", "write -q -z 20M 1M"]);
+    io(&["write -q -P 1 0 24M", "write -q -P 0 16M 2M", "write -q -c -P 2 40M 64k", "write -q -z 20M 1M"]);
     qemu_img(&["snapshot", "-c", "gone", text(path)]);
     io(&["write -q -P 3 4M 12M", "write -q -P 4 48M 8M"]);
     qemu_img(&["snapshot", "-c", "kept", text(path)]);
@@ -64,7 +64,7 @@ fn a_kill_at_any_moment_harms_nothing() {
     worn(&worn_out, "cluster_size=4k");
     let before = states(&worn_out);
     let (mut killed, mut wait) = (0, 0u64);
-    while wait < 400 {
+    while wait < 200 {
         fs::copy(&worn_out, &path).unwrap();
         let command = ["compact", text(&path), "--zeroes", "--jobs", "1"];
         let outcome = Tool::new(PLEACH).spawn(&command).kill_after(Duration::from_millis(wait));
@@ -79,7 +79,7 @@ fn a_kill_at_any_moment_harms_nothing() {
             break;
         }
         killed += 1;
-        wait += 1 + wait / 3;
+        wait += 2 + wait / 2;
     }
     assert!(killed > 2, "{killed} kills");
 }

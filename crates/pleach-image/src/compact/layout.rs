@@ -90,6 +90,9 @@ pub(super) struct Layout {
     pub(super) cluster: u64,
 }
 
+/// Each is known by a byte in memory.
+const MOST_CLUSTERS: u64 = 1 << 30;
+
 /// The L2 tables of all states, in order, and how many L1 entries lead to each.
 pub(super) fn all_tables(image: &Image) -> Result<Vec<(u64, u64)>, ImageError> {
     let mut all: BTreeMap<u64, u64> = BTreeMap::new();
@@ -119,10 +122,8 @@ impl Layout {
     ) -> Result<Self, ImageError> {
         let (g, header, version) = (image.geometry(), image.header(), image.header().version());
         let (place, store) = (Place::of(header), image.store());
-        let clusters = usize::try_from(image.file_len().div_ceil(g.cluster_size())).unwrap_or(usize::MAX);
         let mut layout = Self {
-            // A compressed cluster may claim a part of the cluster behind the end.
-            roles: vec![Role::Free; clusters + 2],
+            roles: Vec::new(),
             roots: Vec::new(),
             packed: Vec::new(),
             blocks: Vec::new(),
@@ -243,7 +244,14 @@ impl Layout {
 
     fn mark(&mut self, first: u64, n: u64, role: Role) -> Result<(), ImageError> {
         let index = |c: u64| usize::try_from(c).unwrap_or(usize::MAX);
-        let part = self.roles.get_mut(index(first)..index(first.saturating_add(n))).unwrap_or_default();
+        let end = first.saturating_add(n);
+        if end > MOST_CLUSTERS {
+            return Err(ImageError::Unsupported { feature: "compacting a file of more than 2^30 clusters" });
+        }
+        if self.roles.len() < index(end) {
+            self.roles.resize(index(end), Role::Free);
+        }
+        let part = self.roles.get_mut(index(first)..index(end)).unwrap_or_default();
         let many = matches!(role, Role::Data | Role::Packed);
         let fits = |old: Role| old == Role::Free || many && old == role;
         match part.iter().position(|old| !fits(*old)) {

@@ -30,6 +30,9 @@ const BUFFER: u64 = 1 << 20;
 /// Where an entry leads, whatever its flags.
 const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// Makes of an L2 table what it shall be.
+type Redo<'a> = dyn Fn(&[u8], &mut [u8]) -> Result<(), ImageError> + Sync + 'a;
+
 pub(super) struct Mover<'a> {
     pub(super) store: &'a Arc<dyn Store>,
     pub(super) workers: &'a dyn Workers,
@@ -263,11 +266,7 @@ impl Mover<'_> {
     }
 
     /// Calls `change` with each L2 table as it is and as it shall be, and writes what differs.
-    fn each_table(
-        &self,
-        image: &Image,
-        change: &(dyn Fn(&[u8], &mut [u8]) -> Result<(), ImageError> + Sync),
-    ) -> Result<(), ImageError> {
+    fn each_table(&self, image: &Image, change: &Redo<'_>) -> Result<(), ImageError> {
         let g = image.geometry();
         let tables = all_tables(image)?;
         let pieces: Vec<_> = tables.chunks(tables_a_piece(g.cluster_bytes())).collect();

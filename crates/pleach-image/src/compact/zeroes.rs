@@ -42,15 +42,21 @@ impl Zeroes {
                 image.read_table(HostOffset(at), &mut bytes)?;
                 spans(&bytes, g, |span| {
                     let Some((first, reads_zeros)) = target(image, &span)? else { return Ok(()) };
+                    let bytes = first * g.cluster_size()..(first + span.len as u64) * g.cluster_size();
+                    let find = ImageError::io("find the file's data");
+                    let mut written = image.store().data_ranges(bytes).map_err(find)?.into_iter().peekable();
                     for cluster in first..first + span.len as u64 {
+                        let at = cluster * g.cluster_size();
+                        while written.next_if(|data| data.end <= at).is_some() {}
+                        // What was never written is a hole.
+                        let hole = written.peek().is_none_or(|data| data.start >= at + g.cluster_size());
                         let read = |at, part: &mut [u8]| {
                             let io = ImageError::io("read guest data");
                             image.store().read_at(at, part).map_err(io)
                         };
-                        let at = cluster * g.cluster_size();
                         // Nearly every cluster with data shows it at its start.
                         let (head, tail) = data.split_at_mut(512);
-                        let zero = reads_zeros || {
+                        let zero = reads_zeros || hole || {
                             read(at, head)?;
                             is_zero(head) && {
                                 read(at + 512, tail)?;

@@ -25,7 +25,7 @@ pub(crate) fn clusters(g: Geometry, offset: u64, len: u64) -> RangeInclusive<u64
 /// the file, which is then not free.
 pub(crate) fn keep_claims_clear(repairer: &Repairer) -> Result<(), ImageError> {
     let image = repairer.image()?;
-    let end = walk(&image, &mut |_| Ok(()))?.census.end();
+    let end = walk(&image, &Alone, &mut |_| Ok(()))?.census.end();
     repairer.draft.keep_clear(image.geometry().host_offset(HostCluster(end)).0);
     Ok(())
 }
