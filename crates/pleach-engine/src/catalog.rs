@@ -178,6 +178,11 @@ impl Catalog {
         &self.path
     }
 
+    /// The file, with its directory behind all links.
+    pub fn real_path(&self) -> PathBuf {
+        self.base.join(DIRECTORY).join(self.path.file_name().unwrap_or_default())
+    }
+
     /// The directory of the images, behind all links.
     pub fn base(&self) -> &Path {
         &self.base

@@ -27,7 +27,7 @@ pub enum State {
 pub struct Family {
     /// The hierarchy.
     pub lineage: Lineage,
-    states: BTreeMap<NodeId, State>,
+    states: BTreeMap<NodeId, Vec<State>>,
     nodes: BTreeMap<usize, NodeId>,
 }
 
@@ -60,6 +60,18 @@ impl Family {
         Ok(family)
     }
 
+    /// A hierarchy that is known already, with what each of its nodes stands for.
+    pub(crate) fn of_states(lineage: Lineage, states: BTreeMap<NodeId, Vec<State>>) -> Self {
+        let files = states.iter().flat_map(|(&id, states)| {
+            states.iter().filter_map(move |state| match state {
+                State::File(index) => Some((*index, id)),
+                State::Snapshot(..) => None,
+            })
+        });
+        let nodes = files.collect();
+        Self { lineage, states, nodes }
+    }
+
     fn add(&mut self, survey: &Survey, index: usize, names: &Names) -> Result<()> {
         let Some(file) = survey.files.get(index) else { return Ok(()) };
         if file.format == FileFormat::Raw && file.dependents.is_empty() {
@@ -85,7 +97,7 @@ impl Family {
                 ..Node::new(names.snapshot(index, i), Kind::Snapshot)
             };
             let id = self.lineage.insert(node)?;
-            self.states.insert(id, State::Snapshot(index, i));
+            self.states.insert(id, vec![State::Snapshot(index, i)]);
             parent = Some(id);
             guessed = true;
         }
@@ -97,7 +109,7 @@ impl Family {
             ..Node::new(names.node(index), kind)
         };
         let id = self.lineage.insert(node)?;
-        self.states.insert(id, State::File(index));
+        self.states.insert(id, vec![State::File(index)]);
         self.nodes.insert(index, id);
         Ok(())
     }
@@ -107,9 +119,14 @@ impl Family {
         self.lineage.ids().filter(|&id| self.lineage.get(id).is_some_and(|n| n.kind == Kind::Head))
     }
 
-    /// What a node stands for.
+    /// What a node stands for, on its first disk.
     pub fn state(&self, id: NodeId) -> Option<State> {
-        self.states.get(&id).copied()
+        self.states(id).first().copied()
+    }
+
+    /// What a node stands for, on every disk on which it could be found.
+    pub fn states(&self, id: NodeId) -> &[State] {
+        self.states.get(&id).map(Vec::as_slice).unwrap_or_default()
     }
 
     /// The node of a file's active state.

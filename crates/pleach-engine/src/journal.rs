@@ -27,6 +27,8 @@ const BEGIN: u8 = 1;
 const HEADER: u8 = 2;
 /// Directory of everything that pleach keeps beside images.
 pub(crate) const DIRECTORY: &str = ".pleach";
+/// Ending of the journals of operations on whole trees.
+pub(crate) const STEPS: &str = "steps";
 
 /// An image as the journal knows it. The device number is not part of it: it may change when a machine restarts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -77,30 +79,25 @@ pub(crate) mod encoded {
         PathBuf::from(OsString::from_vec(bytes))
     }
 
-    pub(super) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&text(path))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
         String::deserialize(deserializer).map(|t| path(&t))
     }
 
     /// The same for lists.
-    pub(super) mod list {
+    pub(crate) mod list {
         use serde::{Deserialize, Deserializer, Serializer};
 
         use super::{Path, PathBuf};
 
-        pub(in super::super) fn serialize<S: Serializer>(
-            paths: &[PathBuf],
-            serializer: S,
-        ) -> Result<S::Ok, S::Error> {
+        pub(crate) fn serialize<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
             serializer.collect_seq(paths.iter().map(|p: &PathBuf| super::text(Path::new(p))))
         }
 
-        pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
-            d: D,
-        ) -> Result<Vec<PathBuf>, D::Error> {
+        pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<PathBuf>, D::Error> {
             Ok(Vec::<String>::deserialize(d)?.iter().map(|t| super::path(t)).collect())
         }
     }
@@ -268,7 +265,8 @@ pub fn pending(disk: &dyn Disk, directory: &Path) -> Result<Vec<PathBuf>> {
         return Ok(Vec::new());
     }
     let entries = disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))?;
-    Ok(entries.into_iter().filter(|p| p.extension() == Some(OsStr::new("journal"))).collect())
+    let is_journal = |p: &PathBuf| p.extension().is_some_and(|e| e == "journal" || e == STEPS);
+    Ok(entries.into_iter().filter(is_journal).collect())
 }
 
 /// Removes what is left of journals that were never begun: their operations have changed nothing.

@@ -9,12 +9,13 @@ use pleach_store::{Access, Disk, FileId, Role, Store};
 use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{drop_first_name, go_on, nobody_reads, second_name, switch_backing};
 use crate::journal::{
-    Contents, Intent, Journal, JournalImage, NewBacking, clear_unbegun, directory_of, pending,
+    Contents, Intent, Journal, JournalImage, NewBacking, STEPS, clear_unbegun, directory_of, pending,
 };
 use crate::leaks::give_back;
 use crate::merge::{Run, plan_run};
 use crate::names::renamed;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
+use crate::steps;
 use crate::survey::{FileFormat, Survey, Trust};
 use crate::watch::Watch;
 use crate::{Error, ErrorKind, Result};
@@ -37,11 +38,41 @@ pub struct Resumed {
 pub fn resume(disk: &dyn Disk, directories: &[PathBuf], watch: &Watch) -> Result<Vec<Resumed>> {
     let mut done = Vec::new();
     for dir in directories {
-        for path in pending(disk, dir)? {
+        let of_trees = |path: &PathBuf| path.extension().is_some_and(|e| e == STEPS);
+        let (trees, single): (Vec<PathBuf>, Vec<PathBuf>) =
+            pending(disk, dir)?.into_iter().partition(of_trees);
+        for path in single {
             let (mut journal, contents) = Journal::reopen(disk, &path)?;
             let what = finish(disk, &mut journal, &contents, watch)?;
             journal.end()?;
             done.push(Resumed { journal: path, what });
+        }
+        // What such an operation consists of may have had a journal of its own.
+        for path in trees {
+            let what = steps::resume(disk, &path, watch)?;
+            done.push(Resumed { journal: path, what: format!("finished: {what}") });
+        }
+        clear_unbegun(disk, dir)?;
+    }
+    Ok(done)
+}
+
+/// Takes back every interrupted operation whose journal lies in one of `directories`.
+///
+/// # Errors
+/// [`ErrorKind::Refused`] for an operation that has begun to change what was there before: it can only be finished.
+pub fn undo(disk: &dyn Disk, directories: &[PathBuf]) -> Result<Vec<Resumed>> {
+    let mut done = Vec::new();
+    for dir in directories {
+        for path in pending(disk, dir)? {
+            if path.extension().is_none_or(|e| e != STEPS) {
+                let text = "the operation changes images in place; it cannot be taken back";
+                return Err(Error::new(ErrorKind::Refused, text)
+                    .at(path)
+                    .hint(format!("finish it: pleach resume {}", dir.display())));
+            }
+            let what = steps::undo(disk, &path)?;
+            done.push(Resumed { journal: path, what: format!("taken back: {what}") });
         }
         clear_unbegun(disk, dir)?;
     }

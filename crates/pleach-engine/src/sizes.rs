@@ -29,6 +29,17 @@ pub struct Sizes {
     pub written_if_deleted: u64,
 }
 
+impl Sizes {
+    /// The figures of two disks of one node.
+    fn and(self, other: Self) -> Self {
+        Self {
+            on_disk: self.on_disk + other.on_disk,
+            freed_if_deleted: self.freed_if_deleted + other.freed_if_deleted,
+            written_if_deleted: self.written_if_deleted + other.written_if_deleted,
+        }
+    }
+}
+
 /// What is known of one file after one look at all its tables.
 struct Scanned {
     runs: RunList,
@@ -57,8 +68,14 @@ pub fn sizes(
     shown: &BTreeSet<NodeId>,
     role: Role,
 ) -> Result<BTreeMap<NodeId, Sizes>> {
-    let wanted = |i: &usize| family.node_of_file(*i).is_some_and(|id| shown.contains(&id));
-    let nodes: Vec<usize> = (0..survey.files.len()).filter(wanted).collect();
+    let wanted: BTreeSet<usize> = shown
+        .iter()
+        .flat_map(|&id| family.states(id))
+        .map(|state| match state {
+            State::File(i) | State::Snapshot(i, _) => *i,
+        })
+        .collect();
+    let nodes: Vec<usize> = wanted.into_iter().collect();
     let scanned: BTreeMap<usize, Scanned> = nodes
         .par_iter()
         .map(|&i| {
@@ -74,10 +91,19 @@ pub fn sizes(
         .filter(|id| shown.contains(id))
         .collect::<Vec<_>>()
         .par_iter()
-        .map(|&id| match family.state(id) {
-            Some(State::File(i)) => Ok(Some((id, of_file(disk, survey, &scanned, &below, i)?))),
-            Some(State::Snapshot(i, k)) => Ok(scanned.get(&i).map(|s| (id, of_snapshot(s, k)))),
-            None => Ok(None),
+        .map(|&id| {
+            let mut all: Option<Sizes> = None;
+            for state in family.states(id) {
+                let one = match *state {
+                    State::File(i) => Some(of_file(disk, survey, &scanned, &below, i)?),
+                    State::Snapshot(i, k) => scanned.get(&i).map(|s| of_snapshot(s, k)),
+                };
+                all = match (all, one) {
+                    (Some(all), Some(one)) => Some(all.and(one)),
+                    (all, one) => all.or(one),
+                };
+            }
+            Ok(all.map(|all| (id, all)))
         })
         .collect::<Result<Vec<_>>>()?
         .into_iter()
@@ -144,8 +170,9 @@ fn contents(
 ) -> BTreeMap<usize, Arc<Content>> {
     let mut whole: BTreeMap<usize, Arc<Content>> = BTreeMap::new();
     let mut below = BTreeMap::new();
-    for (_, id) in family.lineage.depth_first() {
-        let Some(State::File(i)) = family.state(id) else { continue };
+    let states = family.lineage.depth_first().flat_map(|(_, id)| family.states(id));
+    for state in states {
+        let State::File(i) = *state else { continue };
         let under = match survey.files.get(i).map(|f| &f.backing) {
             Some(Backing::File(b)) => whole.get(b).cloned().unwrap_or_default(),
             _ => Arc::default(),

@@ -1,9 +1,15 @@
 //! What was typed.
 
+mod trees;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use pleach_engine::survey::{FileFormat, Trust};
+
+pub(crate) use self::trees::{
+    CurrentArgs, InitArgs, NoteArgs, RenameArgs, RevertArgs, ScanArgs, ShowArgs, SnapshotArgs,
+};
 
 /// Keeps trees of qcow2 disk images: shows, merges and deletes any node without losing a byte.
 #[derive(Debug, Parser)]
@@ -18,6 +24,22 @@ struct Cli {
 pub(crate) enum Command {
     /// Show the hierarchy of a directory of images, or of the tree that an image belongs to
     Tree(TreeArgs),
+    /// Make the catalog of a machine's tree, with all of its disks
+    Init(InitArgs),
+    /// Take a snapshot of every disk of a tree, all or none
+    Snapshot(SnapshotArgs),
+    /// Go back to a node
+    Revert(RevertArgs),
+    /// Give a node another name
+    Rename(RenameArgs),
+    /// Describe a node, or show its description
+    Note(NoteArgs),
+    /// Say which snapshot is current, or show it
+    Current(CurrentArgs),
+    /// Show all about a node
+    Show(ShowArgs),
+    /// Find out which images belong to which tree; make or mend catalogs
+    Scan(ScanArgs),
     /// Show what images are, and what they stand on
     Info(InfoArgs),
     /// Check images for inconsistencies, and repair them if asked to
@@ -48,6 +70,8 @@ pub(crate) enum Command {
     Rebase(RebaseArgs),
     /// Finish interrupted operations
     Resume(ResumeArgs),
+    /// Take back interrupted operations that have made nothing but new files and new snapshots
+    Undo(ResumeArgs),
     /// Build a tree of real images, delete nodes from it every way, and prove that nothing else changed
     Demo(DemoArgs),
     /// Read and write libvirt's snapshot documents, and compare them with the images
@@ -55,7 +79,7 @@ pub(crate) enum Command {
 }
 
 /// What images may make us open.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct TrustArgs {
     /// Follow backing file names into this directory too
     #[arg(long = "allow-dir", value_name = "DIR")]
@@ -73,12 +97,27 @@ impl TrustArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct TreeArgs {
-    /// An image, or a directory of images
+    /// An image, a directory of images, or a catalog
     #[arg(default_value = ".")]
     pub(crate) target: PathBuf,
     /// Show what each node takes on disk, and what deleting it would free and write
     #[arg(long)]
     pub(crate) sizes: bool,
+    /// Show every image of the directory, whatever catalogs say
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Show only this node and what stands on it
+    #[arg(long, value_name = "NODE")]
+    pub(crate) from: Option<String>,
+    /// Show only nodes on which nothing stands
+    #[arg(long)]
+    pub(crate) leaves: bool,
+    /// Show only nodes that stand on nothing
+    #[arg(long)]
+    pub(crate) roots: bool,
+    /// Print the tree for Graphviz
+    #[arg(long, conflicts_with_all = ["json", "sizes"])]
+    pub(crate) dot: bool,
     /// Draw the tree with ASCII characters
     #[arg(long)]
     pub(crate) ascii: bool,
@@ -105,6 +144,11 @@ impl TreeArgs {
         Self {
             target: dir.to_owned(),
             sizes: true,
+            all: false,
+            from: None,
+            leaves: false,
+            roots: false,
+            dot: false,
             ascii: false,
             force_share: false,
             bytes: false,
@@ -541,7 +585,7 @@ pub(crate) struct DeleteArgs {
     #[arg(long, group = "mode")]
     pub(crate) children_only: bool,
     /// Let only the catalog forget the node
-    #[arg(long, group = "mode")]
+    #[arg(long)]
     pub(crate) metadata: bool,
     /// Whose file name survives when two files become one: child, parent, parent=NAME (that child takes it over), or
     /// auto (the file into which the data are copied)
@@ -550,6 +594,9 @@ pub(crate) struct DeleteArgs {
     /// Look for images that stand on these in this directory too
     #[arg(long, value_name = "DIR")]
     pub(crate) also: Vec<PathBuf>,
+    /// With --children or --children-only, where current goes too: the new active image of a disk
+    #[arg(long = "file", value_name = "DISK=PATH", value_parser = trees::disk_file)]
+    pub(crate) files: Vec<(String, PathBuf)>,
     /// With --children: deleting a root, and so the whole tree, is meant
     #[arg(long)]
     pub(crate) yes_everything: bool,

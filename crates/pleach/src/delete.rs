@@ -5,6 +5,8 @@ use std::process::ExitCode;
 
 use pleach_engine::family::{State, shown};
 use pleach_engine::survey::Survey;
+use pleach_engine::tree::Tree;
+use pleach_engine::verbs::{RemoveRequest, forget, remove};
 use pleach_engine::{DeletePlan, DeleteRequest, Direction, Outcome, Rebase, Result, Work, prepare};
 use pleach_image::escape;
 use pleach_lineage::DeleteMode;
@@ -13,12 +15,16 @@ use serde_json::{Value, json};
 
 use crate::act::{carry_out, start_jobs};
 use crate::args::DeleteArgs;
-use crate::size;
+use crate::snapshots::{files, now};
 use crate::target::{Target, directory};
+use crate::{job, size};
 
 pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
     start_jobs(args.act.jobs)?;
     let target = Target::of(&args.target, &args.also)?;
+    if let Some(tree) = tree_of(args, &target)? {
+        return in_tree(args, &tree);
+    }
     let mut survey = target.survey(&args.trust.trust())?;
     let mut family = target.family(&survey)?;
     let node = family.resolve(&survey, &args.name)?;
@@ -31,18 +37,63 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
     }
     let request = DeleteRequest {
         name: args.name.clone(),
-        mode: match (args.children, args.children_only, args.metadata) {
-            (true, _, _) => DeleteMode::Children,
-            (_, true, _) => DeleteMode::ChildrenOnly,
-            (_, _, true) => DeleteMode::Metadata,
-            _ => DeleteMode::Single,
-        },
+        mode: mode(args),
         keep: args.keep.clone(),
         whole_tree: args.yes_everything,
     };
     let prepared = prepare(&RealDisk, &survey, &family, &request, !args.act.dry_run)?;
     let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Delete };
     carry_out(&view, prepared, &args.act)
+}
+
+/// The tree in which the node is to be deleted: that of a catalog, or of one that the deletion needs. None where the
+/// images alone can say everything.
+fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<Tree>> {
+    let trust = args.trust.trust();
+    if let Some(tree) = target.tree(&trust)? {
+        return Ok(Some(tree));
+    }
+    if args.metadata || args.children || args.children_only {
+        // Nothing to forget without a catalog; and files go as a whole.
+        return Ok(None);
+    }
+    let survey = target.survey(&trust)?;
+    let family = target.family(&survey)?;
+    let file = match family.state(family.resolve(&survey, &args.name)?) {
+        Some(State::File(index)) => survey.files.get(index).filter(|f| !f.snapshots.is_empty()),
+        Some(State::Snapshot(index, _)) => survey.files.get(index),
+        None => None,
+    };
+    file.map(|file| target.tree_around(&file.path, &trust)).transpose()
+}
+
+/// Deletes a node of a tree that has a catalog.
+fn in_tree(args: &DeleteArgs, tree: &Tree) -> Result<ExitCode> {
+    let planned = if args.metadata {
+        forget(&RealDisk, tree, &args.name, mode(args))?
+    } else {
+        let request = RemoveRequest {
+            name: args.name.clone(),
+            mode: mode(args),
+            keep: args.keep.clone(),
+            whole_tree: args.yes_everything,
+            files: files(&args.files)?,
+            created: now(),
+        };
+        remove(&RealDisk, tree, &request)?
+    };
+    let planned = if tree.catalog.is_new() { planned.without_new_catalog() } else { planned };
+    job::carry_out(tree, planned, &args.act, true, &job::Said::Report)
+}
+
+/// Which nodes go.
+fn mode(args: &DeleteArgs) -> DeleteMode {
+    match (args.children, args.children_only, args.metadata) {
+        (true, ..) => DeleteMode::Children,
+        (_, true, _) => DeleteMode::ChildrenOnly,
+        (_, _, true) => DeleteMode::Metadata,
+        _ => DeleteMode::Single,
+    }
 }
 
 /// What a plan does, in a word.
@@ -92,6 +143,23 @@ impl View<'_> {
     pub(crate) fn text(&self, plan: &DeletePlan) -> String {
         let mut out = format!("{} {}\n", self.verb.word(), plan.node);
         let mut line = |what: &str, text: String| out.push_str(&format!("  {what:<8} {text}\n"));
+        self.lines(plan, &mut line);
+        for (name, parent) in &plan.reparented {
+            line(
+                "parent",
+                match parent {
+                    Some(parent) => format!("of {name} is {parent}"),
+                    None => format!("{name} becomes a root"),
+                },
+            );
+        }
+        let (written, freed) = (self.size(plan.bytes_written()), self.size(plan.bytes_freed));
+        line("total", format!("{written} written, {freed} freed"));
+        out
+    }
+
+    /// What happens to files, a line each.
+    pub(crate) fn lines(&self, plan: &DeletePlan, line: &mut impl FnMut(&str, String)) {
         for merge in plan.merges() {
             let (into, of) = (self.file(merge.target), self.size(merge.bytes_written));
             let victim = plan.single.as_ref().map(|s| self.file(s.0)).unwrap_or_default();
@@ -125,18 +193,6 @@ impl View<'_> {
         for path in plan.unlinks(self.survey) {
             line("remove", self.path(path));
         }
-        for (name, parent) in &plan.reparented {
-            line(
-                "parent",
-                match parent {
-                    Some(parent) => format!("of {name} is {parent}"),
-                    None => format!("{name} becomes a root"),
-                },
-            );
-        }
-        let (written, freed) = (self.size(plan.bytes_written()), self.size(plan.bytes_freed));
-        line("total", format!("{written} written, {freed} freed"));
-        out
     }
 
     /// What was done, as text.

@@ -13,6 +13,7 @@ mod create;
 mod delete;
 mod demo;
 mod info;
+mod job;
 mod libvirt;
 mod map;
 mod merge;
@@ -21,7 +22,9 @@ mod progress;
 mod rebase;
 mod resize;
 mod resume;
+mod scan;
 mod size;
+mod snapshots;
 mod target;
 mod tree;
 
@@ -40,6 +43,14 @@ fn main() -> ExitCode {
     };
     let (json, result) = match command {
         Command::Tree(args) => (args.json, tree::run(&args)),
+        Command::Init(args) => (args.json, snapshots::init(&args)),
+        Command::Snapshot(args) => (args.run.act.json, snapshots::snapshot(&args)),
+        Command::Revert(args) => (args.run.act.json, snapshots::revert_to(&args)),
+        Command::Rename(args) => (args.run.act.json, snapshots::give_name(&args)),
+        Command::Note(args) => (args.run.act.json, snapshots::describe(&args)),
+        Command::Current(args) => (args.run.act.json, snapshots::current(&args)),
+        Command::Show(args) => (args.json, snapshots::show(&args)),
+        Command::Scan(args) => (args.json, scan::run(&args)),
         Command::Info(args) => (args.json, info::run(&args)),
         Command::Check(args) => (args.json, check::run(&args)),
         Command::Map(args) => (args.json, map::run(&args)),
@@ -55,6 +66,7 @@ fn main() -> ExitCode {
         Command::Squash(args) => (args.act.json, merge::squash(&args)),
         Command::Rebase(args) => (args.act.json, rebase::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),
+        Command::Undo(args) => (args.json, resume::take_back(&args)),
         Command::Demo(args) => (false, demo::run(&args)),
         Command::Libvirt(args) => (args.json, libvirt::run(&args)),
     };

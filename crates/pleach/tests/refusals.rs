@@ -12,7 +12,7 @@ use std::time::Duration;
 use pleach_testkit::files::{changes, contents, patch};
 use pleach_testkit::layers::{Layer, fill, qcow2};
 use pleach_testkit::mount::TinyFs;
-use pleach_testkit::oracle::{qemu_img, qemu_img_in, qemu_io, text};
+use pleach_testkit::oracle::{qemu_img_in, text};
 use pleach_testkit::{Forest, Format, Outcome, Tool, WorkDir};
 use serde_json::Value;
 
@@ -32,8 +32,6 @@ const IN_USE: Codes = &[5];
 const NO_SUCH: Codes = &[7];
 const NOT_SUPPORTED: Codes = &[8];
 const NOT_CONFIRMED: Codes = &[9];
-/// Something that stays depends on it, or there is no code yet for what it would take.
-const REFUSED: Codes = &[6, 8];
 /// Images that do not fit together: failed, corrupt, or the file is not there.
 const BROKEN: Codes = &[1, 4, 7];
 /// Backing names that are no file names.
@@ -651,29 +649,5 @@ fn an_unknown_feature_is_named_by_its_bit() {
     patch(&dir.join("D.qcow2"), 79, &[0x80]);
     let mut judge = Judge::of(&dir);
     judge.refused("unknown bit", &["delete", text(&dir), "B", "--yes"], NOT_SUPPORTED, &["bit 7|0x80"]);
-    judge.verdict();
-}
-
-#[test]
-fn internal_snapshots_that_a_merge_would_hurt() {
-    // (name, who has the snapshot, who is to go): the snapshot would go with the file.
-    let rows =
-        [("the victim has one", "B", "B"), ("a leaf has one", "D", "D"), ("the root has one", "A", "A")];
-    let mut judge = Judge::default();
-    for (case, owner, victim) in rows {
-        let work = WorkDir::new("kept");
-        let dir = work.join("tree");
-        known_tree(&dir);
-        let owned = dir.join(format!("{owner}.qcow2"));
-        qemu_img(&["snapshot", "-c", "before-upgrade", text(&owned)]);
-        if owner == "D" {
-            qemu_io(&owned, Format::Qcow2, &[fill(99, 0, 2, CLUSTER)]);
-        }
-        judge.turn_to(&dir);
-        let args = ["delete", text(&dir), victim, "--yes"];
-        judge.refused(case, &args, REFUSED, &["before-upgrade"]);
-        let args = ["delete", text(&dir), "before-upgrade", "--yes"];
-        judge.refused("the snapshot itself", &args, REFUSED, &["before-upgrade|internal"]);
-    }
     judge.verdict();
 }

@@ -22,6 +22,8 @@
 //! `\r`, `\t` and `\u{hex}`. The last line is the CRC-32 of all bytes before it. Items and lines that are not known
 //! here are kept as they are, word for word; a number other than 1 in the first line is another format, and refused.
 //!
+//! An item `forgotten`, followed by storage, lists states that are to be no nodes although the images have them.
+//!
 //! The active heads are no items: a head is what `active` says, standing on `current`. An item `head` is a writable
 //! end of another branch.
 
@@ -57,6 +59,8 @@ pub struct Record {
     pub disks: Vec<DiskRecord>,
     /// The nodes, in the order in which they came; the active heads are not among them.
     pub nodes: Vec<NodeRecord>,
+    /// States, by disk, that are in the images and are no nodes: somebody has let the catalog forget them.
+    pub forgotten: Vec<(String, Storage)>,
     /// Lines that are not known here, each unknown item followed by its indented lines.
     pub other: Vec<String>,
 }
@@ -263,7 +267,8 @@ impl Record {
     /// Every file that is named, each once, in a fixed order.
     pub fn files(&self) -> BTreeSet<&str> {
         let active = self.disks.iter().filter_map(|disk| disk.active.as_deref());
-        active.chain(self.nodes.iter().flat_map(|n| n.storage.iter().map(|(_, s)| s.file()))).collect()
+        let stored = self.nodes.iter().flat_map(|n| &n.storage).chain(&self.forgotten);
+        active.chain(stored.map(|(_, s)| s.file())).collect()
     }
 
     /// Changes every file name for which `new` has another one.

@@ -38,6 +38,7 @@ fn sample() -> Record {
                 ..NodeRecord::new("nach dem\n\u{1b} \"Update\"", Kind::Head)
             },
         ],
+        forgotten: alloc::vec![("vda".to_owned(), external("old.qcow2"))],
         ..Record::new("vm1")
     }
 }

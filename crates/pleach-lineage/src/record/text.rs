@@ -49,15 +49,12 @@ impl Record {
             if let Some(state) = &node.state {
                 line("  state", &[state]);
             }
-            for (disk, storage) in &node.storage {
-                match storage {
-                    Storage::External { file } => line("  external", &[disk, file]),
-                    Storage::Internal { file, snapshot, id } => {
-                        line("  internal", &[disk, file, snapshot, id]);
-                    }
-                }
-            }
+            node.storage.iter().for_each(|(disk, storage)| stored(&mut line, disk, storage));
             node.other.iter().for_each(|other| line(&("  ".to_owned() + other), &[]));
+        }
+        if !self.forgotten.is_empty() {
+            line("forgotten", &[]);
+            self.forgotten.iter().for_each(|(disk, storage)| stored(&mut line, disk, storage));
         }
         self.other.iter().for_each(|other| line(other, &[]));
         let crc = crc32fast::hash(out.as_bytes());
@@ -126,6 +123,7 @@ impl Record {
                 self.nodes.push(NodeRecord::new(one()?, kind));
                 Item::Node
             }
+            "forgotten" if words.next().is_none() => Item::Forgotten,
             _ => {
                 self.other.push(line.to_owned());
                 Item::Other
@@ -138,6 +136,11 @@ impl Record {
         match at {
             Item::Tree => return Err("nothing can belong to the line before"),
             Item::Other => self.other.push("  ".to_owned() + line),
+            Item::Forgotten => {
+                let words = words(line)?;
+                let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                self.forgotten.push(storage(&words).ok_or("only storage can be forgotten")?);
+            }
             Item::Disk => {
                 let Some(disk) = self.disks.last_mut() else { return Ok(()) };
                 match words(line)?.as_slice() {
@@ -155,12 +158,34 @@ impl Record {
     }
 }
 
+/// Writes where a state is.
+fn stored(line: &mut impl FnMut(&str, &[&str]), disk: &str, storage: &Storage) {
+    match storage {
+        Storage::External { file } => line("  external", &[disk, file]),
+        Storage::Internal { file, snapshot, id } => line("  internal", &[disk, file, snapshot, id]),
+    }
+}
+
+/// Reads where a state is; `None` for other words.
+fn storage(words: &[&str]) -> Option<(String, Storage)> {
+    let (disk, storage) = match *words {
+        ["external", disk, file] => (disk, Storage::External { file: file.to_owned() }),
+        ["internal", disk, file, snapshot, id] => {
+            let (file, snapshot, id) = (file.to_owned(), snapshot.to_owned(), id.to_owned());
+            (disk, Storage::Internal { file, snapshot, id })
+        }
+        _ => return None,
+    };
+    Some((disk.to_owned(), storage))
+}
+
 /// What indented lines belong to.
 #[derive(Copy, Clone)]
 enum Item {
     Tree,
     Disk,
     Node,
+    Forgotten,
     Other,
 }
 
@@ -179,14 +204,10 @@ impl NodeRecord {
             }
             ["description", text] => self.description = text.to_owned(),
             ["state", state] => self.state = Some(state.to_owned()),
-            ["external", disk, file] => {
-                self.storage.push((disk.to_owned(), Storage::External { file: file.to_owned() }));
-            }
-            ["internal", disk, file, snapshot, id] => {
-                let (file, snapshot, id) = (file.to_owned(), snapshot.to_owned(), id.to_owned());
-                self.storage.push((disk.to_owned(), Storage::Internal { file, snapshot, id }));
-            }
-            _ => self.other.push(line.to_owned()),
+            _ => match storage(&words) {
+                Some(found) => self.storage.push(found),
+                None => self.other.push(line.to_owned()),
+            },
         }
         Ok(())
     }

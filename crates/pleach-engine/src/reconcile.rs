@@ -1,0 +1,489 @@
+//! A catalog held against its images: what they say is believed, what only it knows is kept.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use pleach_image::escape;
+use pleach_lineage::{Kind, NodeRecord, Record, Storage, order};
+use pleach_store::Disk;
+
+use crate::Result;
+use crate::catalog::Catalog;
+use crate::survey::{Backing, FileFormat, Survey, SurveyFile};
+use crate::tree::{Missing, free_name};
+
+/// What was found.
+#[derive(Debug, Default)]
+pub(crate) struct Reconciled {
+    /// What is now in the record and was not before, a line each.
+    pub(crate) differences: Vec<String>,
+    /// What the record names and is not there.
+    pub(crate) missing: Vec<Missing>,
+}
+
+/// Lets the record of `catalog` say what the images say: ids and names of internal snapshots, snapshots and overlays that
+/// it does not know, parents that backing files contradict, and an active image that was frozen by an overlay. What hangs
+/// together with `seeds`, by disk, counts as if the record named it.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn reconcile(
+    disk: &dyn Disk,
+    survey: &Survey,
+    catalog: &mut Catalog,
+    seeds: &[(String, PathBuf)],
+) -> Result<Reconciled> {
+    let mut names = BTreeMap::new();
+    for file in catalog.record.files() {
+        names.insert(file.to_owned(), survey.find(disk, &catalog.path_of(file)));
+    }
+    let mut look = Look {
+        disk,
+        survey,
+        catalog,
+        names,
+        owners: BTreeMap::new(),
+        active: BTreeMap::new(),
+        inside: BTreeMap::new(),
+        forgotten: BTreeMap::new(),
+        seeds,
+        taken: BTreeSet::new(),
+        found: Reconciled::default(),
+    };
+    look.resolve();
+    look.forget();
+    look.adopt()?;
+    look.thaw()?;
+    look.correct_parents();
+    Ok(look.found)
+}
+
+struct Look<'a> {
+    disk: &'a dyn Disk,
+    survey: &'a Survey,
+    catalog: &'a mut Catalog,
+    /// The record's file names, and the files that they lead to.
+    names: BTreeMap<String, Option<usize>>,
+    /// The node whose active state a file holds.
+    owners: BTreeMap<usize, String>,
+    /// The disk whose active image a file is.
+    active: BTreeMap<usize, String>,
+    /// The node of an internal snapshot, by file and index.
+    inside: BTreeMap<(usize, usize), String>,
+    /// States that are to be no nodes: by file and index of the snapshot; and the node on which the active state of
+    /// such a file stands.
+    forgotten: BTreeMap<(usize, Option<usize>), Option<String>>,
+    seeds: &'a [(String, PathBuf)],
+    taken: BTreeSet<String>,
+    found: Reconciled,
+}
+
+impl<'a> Look<'a> {
+    fn record(&mut self) -> &mut Record {
+        &mut self.catalog.record
+    }
+
+    fn entry(&self, file: usize) -> Option<&'a SurveyFile> {
+        self.survey.files.get(file)
+    }
+
+    fn note(&mut self, text: String) {
+        self.found.differences.push(text);
+    }
+
+    fn lost(&mut self, node: Option<&str>, disk: &str, what: String) {
+        let lost = Missing { node: node.map(str::to_owned), disk: disk.to_owned(), what };
+        let of = node.map_or_else(|| "the active head".to_owned(), quoted);
+        self.found.differences.push(format!("{} of {of} is missing", lost.what));
+        self.found.missing.push(lost);
+    }
+
+    /// Finds every state that the record names.
+    fn resolve(&mut self) {
+        let mut nodes = std::mem::take(&mut self.record().nodes);
+        for node in &mut nodes {
+            self.taken.insert(node.name.clone());
+            for (disk, storage) in &mut node.storage {
+                let file = self.names.get(storage.file()).copied().flatten();
+                match (file, storage) {
+                    (None, storage) => {
+                        let what = format!("the file \"{}\"", escape(storage.file().as_bytes()));
+                        self.lost(Some(&node.name), disk, what);
+                    }
+                    (Some(file), Storage::External { .. }) => {
+                        self.owners.insert(file, node.name.clone());
+                    }
+                    (Some(file), Storage::Internal { snapshot, id, file: shown }) => {
+                        let table = self.survey.files.get(file).map(|f| &f.snapshots[..]).unwrap_or_default();
+                        let pair = |s: &pleach_format::SnapshotRecord| (escape(&s.name), escape(&s.id));
+                        let same = table.iter().position(|s| pair(s) == (snapshot.clone(), id.clone()));
+                        let only = |wanted: &dyn Fn(&(String, String)) -> bool| {
+                            let mut all = table.iter().enumerate().filter(|(_, s)| wanted(&pair(s)));
+                            all.next().filter(|_| all.next().is_none()).map(|(at, _)| at)
+                        };
+                        let at = same
+                            .or_else(|| only(&|(name, _)| name == snapshot))
+                            .or_else(|| only(&|(_, other)| other == id));
+                        let Some(at) = at else {
+                            let what = format!("snapshot \"{snapshot}\" in \"{}\"", escape(shown.as_bytes()));
+                            self.lost(Some(&node.name), disk, what);
+                            continue;
+                        };
+                        if let Some((name, other)) = table.get(at).map(pair)
+                            && (&name, &other) != (&*snapshot, &*id)
+                        {
+                            self.found.differences.push(format!(
+                                "the snapshot of {} in \"{}\" is \"{name}\" (id {other}), not \"{snapshot}\" (id {id})",
+                                quoted(&node.name),
+                                escape(shown.as_bytes())
+                            ));
+                            (*snapshot, *id) = (name, other);
+                        }
+                        self.inside.insert((file, at), node.name.clone());
+                    }
+                }
+            }
+        }
+        self.record().nodes = nodes;
+        for at in self.catalog.record.disks.clone() {
+            let Some(active) = at.active else { continue };
+            match self.names.get(&active).copied().flatten() {
+                Some(file) => {
+                    self.active.insert(file, at.name);
+                }
+                None => {
+                    let what = format!("the file \"{}\"", escape(active.as_bytes()));
+                    self.lost(None, &at.name, what);
+                }
+            }
+        }
+    }
+
+    /// Finds the states that the catalog was told to forget; those that are not there are forgotten for good.
+    fn forget(&mut self) {
+        let mut forgotten = std::mem::take(&mut self.record().forgotten);
+        forgotten.retain(|(_, storage)| {
+            let Some(file) = self.names.get(storage.file()).copied().flatten() else { return false };
+            let at = match storage {
+                Storage::External { .. } => None,
+                Storage::Internal { snapshot, id, .. } => {
+                    let table = self.survey.files.get(file).map(|f| &f.snapshots[..]).unwrap_or_default();
+                    let same = |s: &pleach_format::SnapshotRecord| {
+                        escape(&s.id) == *id && escape(&s.name) == *snapshot
+                    };
+                    let Some(at) = table.iter().position(same) else { return false };
+                    Some(at)
+                }
+            };
+            self.forgotten.insert((file, at), None);
+            true
+        });
+        self.record().forgotten = forgotten;
+    }
+
+    /// The node that the backing file of `file` is, or stands on where that is to be no node.
+    fn below(&self, file: usize) -> Option<String> {
+        match self.entry(file)?.backing {
+            Backing::File(b) => match self.forgotten.get(&(b, None)) {
+                Some(stands_on) => stands_on.clone(),
+                None => self.owners.get(&b).cloned(),
+            },
+            _ => None,
+        }
+    }
+
+    /// The disk of every file that hangs together with those of the record.
+    fn reachable(&self) -> BTreeMap<usize, String> {
+        let mut disks: BTreeMap<usize, String> = self.active.clone();
+        for node in &self.catalog.record.nodes {
+            for (disk, storage) in &node.storage {
+                if let Some(file) = self.names.get(storage.file()).copied().flatten() {
+                    disks.entry(file).or_insert_with(|| disk.clone());
+                }
+            }
+        }
+        for (disk, path) in self.seeds {
+            if let Some(file) = self.survey.find(self.disk, path) {
+                disks.insert(file, disk.clone());
+            }
+        }
+        let mut left: Vec<usize> = disks.keys().copied().collect();
+        while let Some(file) = left.pop() {
+            let Some((entry, disk)) = self.entry(file).zip(disks.get(&file).cloned()) else { continue };
+            let below = match entry.backing {
+                Backing::File(b) => Some(b),
+                _ => None,
+            };
+            for next in entry.dependents.iter().copied().chain(below) {
+                if let std::collections::btree_map::Entry::Vacant(slot) = disks.entry(next) {
+                    slot.insert(disk.clone());
+                    left.push(next);
+                }
+            }
+        }
+        disks
+    }
+
+    /// Takes in snapshots and images that the record does not know.
+    fn adopt(&mut self) -> Result<()> {
+        let disks = self.reachable();
+        let by_path: BTreeMap<_, usize> =
+            disks.keys().filter_map(|&i| Some((self.entry(i)?.path.as_path(), i))).collect();
+        let ids: Vec<_> = by_path.values().filter_map(|&i| Some(self.entry(i)?.stat.id)).collect();
+        for id in order::backing_first(ids, &self.survey.reads()) {
+            let Some(file) = self.survey.find_id(id) else { continue };
+            if let Some(disk) = disks.get(&file) {
+                self.adopt_file(file, disk)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn adopt_file(&mut self, file: usize, disk: &str) -> Result<()> {
+        let Some(entry) = self.entry(file) else { return Ok(()) };
+        let shown = self.catalog.name_of(self.disk, &entry.path)?;
+        let below = self.below(file);
+        let known = (0..entry.snapshots.len()).any(|at| {
+            self.inside.contains_key(&(file, at)) || self.forgotten.contains_key(&(file, Some(at)))
+        });
+        // The parent of the first snapshot that is new, and that snapshot; what stood there stands on the last one then.
+        let mut moved: Option<Option<String>> = None;
+        let mut last = below;
+        let mut guessed = false;
+        for (at, snapshot) in entry.snapshots.iter().enumerate() {
+            if let Some(name) = self.inside.get(&(file, at)) {
+                last = Some(name.clone());
+                moved = None;
+                continue;
+            }
+            if self.forgotten.contains_key(&(file, Some(at))) {
+                continue;
+            }
+            moved.get_or_insert_with(|| last.clone());
+            let (plain, id) = (escape(&snapshot.name), escape(&snapshot.id));
+            let storage = Storage::Internal { file: shown.clone(), snapshot: plain.clone(), id };
+            let parent = last.clone();
+            let name = match self.joins(&plain, disk) {
+                Some(name) => {
+                    if let Some(node) = self.record().find_mut(&name) {
+                        node.storage.push((disk.to_owned(), storage));
+                    }
+                    name
+                }
+                None => {
+                    let name = self.new_name(&plain, &shown);
+                    self.record().nodes.push(NodeRecord {
+                        parent,
+                        parent_guessed: guessed,
+                        created: Some(snapshot.date_seconds.into()),
+                        storage: vec![(disk.to_owned(), storage)],
+                        ..NodeRecord::new(name.clone(), Kind::Snapshot)
+                    });
+                    name
+                }
+            };
+            self.note(format!(
+                "the snapshot \"{plain}\" in \"{}\" was not known: it is now {}",
+                escape(shown.as_bytes()),
+                quoted(&name)
+            ));
+            self.inside.insert((file, at), name.clone());
+            last = Some(name);
+            guessed = true;
+        }
+        if let Some(first) = moved {
+            self.stand_on_new(file, first.as_deref(), last.as_deref());
+        }
+        // The active state of a file of which only snapshots are known is nobody's, unless somebody reads it. So is a raw
+        // file that nothing is backed by.
+        if let Some(stands_on) = self.forgotten.get_mut(&(file, None)) {
+            *stands_on = last;
+            return Ok(());
+        }
+        let read = !entry.dependents.is_empty();
+        if self.has_state(file) || !read && (known || entry.format == FileFormat::Raw) {
+            return Ok(());
+        }
+        let kind = if entry.dependents.is_empty() { Kind::Head } else { Kind::Snapshot };
+        self.add_node(file, disk, kind, last, guessed)?;
+        Ok(())
+    }
+
+    /// Whether the active state of a file is a node's, or a disk's.
+    fn has_state(&self, file: usize) -> bool {
+        self.owners.contains_key(&file) || self.active.contains_key(&file)
+    }
+
+    /// Makes a node of a file's active state.
+    fn add_node(
+        &mut self,
+        file: usize,
+        disk: &str,
+        kind: Kind,
+        parent: Option<String>,
+        parent_guessed: bool,
+    ) -> Result<String> {
+        let path = self.entry(file).map(|f| f.path.clone()).unwrap_or_default();
+        let shown = self.catalog.name_of(self.disk, &path)?;
+        let stem = escape(path.file_stem().unwrap_or_default().as_encoded_bytes());
+        let name = self.new_name(&stem, &shown);
+        self.note(format!(
+            "the image \"{}\" was not known: it is now {}",
+            escape(shown.as_bytes()),
+            quoted(&name)
+        ));
+        self.names.insert(shown.clone(), Some(file));
+        self.owners.insert(file, name.clone());
+        let storage = vec![(disk.to_owned(), Storage::External { file: shown })];
+        let node = NodeRecord { parent, parent_guessed, storage, ..NodeRecord::new(name.clone(), kind) };
+        self.record().nodes.push(node);
+        Ok(name)
+    }
+
+    /// A snapshot of the same name on another disk, to which a new one on `disk` belongs.
+    fn joins(&self, name: &str, disk: &str) -> Option<String> {
+        let node = self.catalog.record.find(name)?;
+        let elsewhere = node.storage.iter().any(|(_, s)| matches!(s, Storage::Internal { .. }));
+        (elsewhere && node.storage_of(disk).is_none()).then(|| node.name.clone())
+    }
+
+    /// A free name for a new node: its own, or with its file's before it.
+    fn new_name(&mut self, plain: &str, file: &str) -> String {
+        let base = if plain.is_empty() || self.taken.contains(plain) {
+            format!("{}@{plain}", escape(file.as_bytes()))
+        } else {
+            plain.to_owned()
+        };
+        let name = free_name(&base, |name| self.taken.contains(name)).unwrap_or(base);
+        self.taken.insert(name.clone());
+        name
+    }
+
+    /// The active state of `file` stood on `first`, between which and it there are new snapshots, up to `last`.
+    fn stand_on_new(&mut self, file: usize, first: Option<&str>, last: Option<&str>) {
+        let last = last.map(str::to_owned);
+        if let Some(owner) = self.owners.get(&file).cloned() {
+            if let Some(node) = self.record().find_mut(&owner)
+                && node.parent.as_deref() == first
+            {
+                (node.parent, node.parent_guessed) = (last, true);
+            }
+        } else if self.active.contains_key(&file) {
+            let record = self.record();
+            if record.current.as_deref() == first || record.current.is_none() {
+                record.current = last;
+            }
+        }
+    }
+
+    /// An active image that something stands on is no head any more: the only end of what stands on it is.
+    fn thaw(&mut self) -> Result<()> {
+        for (file, disk) in self.active.clone() {
+            let Some(entry) = self.entry(file).filter(|f| !f.dependents.is_empty()) else { continue };
+            let current = self.record().current.clone();
+            let frozen = self.add_node(file, &disk, Kind::Snapshot, current, false)?;
+            let mut ends = BTreeSet::new();
+            let mut left = entry.dependents.clone();
+            let mut seen = BTreeSet::from([file]);
+            while let Some(at) = left.pop() {
+                let Some(entry) = self.entry(at).filter(|_| seen.insert(at)) else { continue };
+                // What stands on the file directly was taken in when the file was nobody's.
+                if let Some(owner) = self.owners.get(&at).cloned()
+                    && entry.backing == Backing::File(file)
+                    && let Some(node) = self.record().find_mut(&owner)
+                    && node.parent.is_none()
+                {
+                    node.parent = Some(frozen.clone());
+                }
+                if entry.dependents.is_empty() {
+                    ends.insert(at);
+                }
+                left.extend(&entry.dependents);
+            }
+            let only = ends.first().copied().filter(|_| ends.len() == 1);
+            let end = only.and_then(|at| self.owners.get(&at).cloned().map(|name| (at, name)));
+            let active = match end {
+                Some((at, name)) => {
+                    let node = self.record().find(&name).cloned();
+                    self.record().nodes.retain(|n| n.name != name);
+                    self.owners.remove(&at);
+                    self.active.insert(at, disk.clone());
+                    self.record().current = node.as_ref().and_then(|n| n.parent.clone());
+                    self.note(format!("{} is the active image of disk {disk} now", quoted(&name)));
+                    node.and_then(|n| n.storage_of(&disk).map(|s| s.file().to_owned()))
+                }
+                None => {
+                    self.record().current = Some(frozen);
+                    self.note(format!(
+                        "disk {disk} has no active image: several images stand on the one it had"
+                    ));
+                    None
+                }
+            };
+            self.active.remove(&file);
+            if let Some(record) = self.record().disks.iter_mut().find(|d| d.name == disk) {
+                record.active = active;
+            }
+        }
+        Ok(())
+    }
+
+    /// A node stands on the node whose file backs its own.
+    fn correct_parents(&mut self) {
+        let mut parents: BTreeMap<String, Option<String>> =
+            self.catalog.record.nodes.iter().map(|n| (n.name.clone(), n.parent.clone())).collect();
+        let above = |parents: &BTreeMap<String, Option<String>>, from: Option<&str>, wanted: &str| {
+            let mut at = from.map(str::to_owned);
+            for _ in 0..=parents.len() {
+                match at {
+                    Some(name) if name == wanted => return true,
+                    Some(name) => at = parents.get(&name).cloned().flatten(),
+                    None => break,
+                }
+            }
+            false
+        };
+        for (file, name) in self.owners.clone() {
+            let Some(on) = self.below(file) else { continue };
+            let parent = parents.get(&name).cloned().flatten();
+            if parent.as_deref() == Some(&*on) || above(&parents, parent.as_deref(), &on) {
+                continue;
+            }
+            if on == name || above(&parents, Some(&on), &name) {
+                self.note(format!(
+                    "{} should stand on {}, which stands on it: the catalog is kept",
+                    quoted(&name),
+                    quoted(&on)
+                ));
+                continue;
+            }
+            self.note(format!("{} stands on {}, as its backing file says", quoted(&name), quoted(&on)));
+            parents.insert(name.clone(), Some(on.clone()));
+            if let Some(node) = self.record().find_mut(&name) {
+                (node.parent, node.parent_guessed) = (Some(on), false);
+            }
+        }
+        let one_disk = self.catalog.record.disks.len() == 1;
+        for (file, disk) in self.active.clone() {
+            let current = self.record().current.clone();
+            let Some(on) = self.below(file).filter(|on| !above(&parents, current.as_deref(), on)) else {
+                continue;
+            };
+            let takes_part = |node: &NodeRecord| node.storage_of(&disk).is_some();
+            if one_disk || current.is_none() {
+                self.note(format!("{} is current, as the active image's backing file says", quoted(&on)));
+                self.record().current = Some(on);
+            } else if current.as_ref().and_then(|c| self.catalog.record.find(c)).is_some_and(takes_part) {
+                self.note(format!(
+                    "the active image of disk {disk} stands on {}, not on current",
+                    quoted(&on)
+                ));
+            }
+        }
+    }
+}
+
+/// A node's name for people.
+pub(crate) fn quoted(name: &str) -> String {
+    format!("\"{}\"", escape(name.as_bytes()))
+}

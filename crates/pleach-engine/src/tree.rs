@@ -1,0 +1,348 @@
+//! The tree of one machine: its catalog, held against its images. Where they differ, the images are believed.
+//!
+//! A [`Tree`] is found by [`Tree::load`], or made from images that no catalog describes by [`Tree::adopt`]. Its record is
+//! then what verbs plan with; it differs from the file on disk by what [`Tree::differences`] says, until it is saved.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+use pleach_image::escape;
+use pleach_lineage::{DiskRecord, Kind, Lineage, Node, NodeId, Record, Storage};
+use pleach_store::{Disk, FileId};
+
+use crate::catalog::Catalog;
+use crate::family::{Family, State};
+use crate::journal::directory_of;
+use crate::reconcile::{Reconciled, quoted};
+use crate::survey::{Survey, Trust};
+use crate::{Error, ErrorKind, Result};
+
+/// A catalog and the images that it is about.
+#[derive(Debug)]
+pub struct Tree {
+    /// What is known, after the images were looked at. Nothing of it is on disk before it is saved.
+    pub catalog: Catalog,
+    /// The images.
+    pub survey: Survey,
+    /// Where the catalog's file says something else than the images, or nothing: for people, a line each.
+    pub differences: Vec<String>,
+    /// Files and snapshots that the catalog names and that are not there.
+    pub missing: Vec<Missing>,
+    /// Active files that the catalog's file names.
+    recorded: BTreeSet<String>,
+}
+
+/// A state that a catalog names and that is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// The node; `None` for the active head.
+    pub node: Option<String>,
+    /// The disk.
+    pub disk: String,
+    /// What is not there.
+    pub what: String,
+}
+
+/// The state of one disk in a node, found in the images.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// The file, by index into the survey.
+    pub(crate) file: usize,
+    /// The internal snapshot, by index into its table; `None` for the active state.
+    pub(crate) snapshot: Option<usize>,
+}
+
+impl Tree {
+    /// Reads the catalog at `path`, and looks at all images in its directory, in those of its files, and in `also`.
+    ///
+    /// # Errors
+    /// As [`Catalog::load`]; a directory that cannot be read.
+    pub fn load(disk: &dyn Disk, path: &Path, also: &[PathBuf], trust: &Trust) -> Result<Self> {
+        let catalog = Catalog::load(disk, path)?;
+        let recorded = catalog.record.disks.iter().filter_map(|d| d.active.clone()).collect();
+        Self::of(disk, catalog, recorded, &[], also, trust)
+    }
+
+    /// Makes a tree of images that no catalog describes: the machine's disks are `disks`, by name and active image.
+    /// Everything that hangs together with them by backing files becomes part of it. Nothing is written.
+    ///
+    /// # Errors
+    /// As [`Catalog::new`]; an image that is not there or is used for two disks.
+    pub fn adopt(
+        disk: &dyn Disk,
+        images: &Path,
+        name: &str,
+        disks: &[(String, PathBuf)],
+        also: &[PathBuf],
+        trust: &Trust,
+    ) -> Result<Self> {
+        let mut catalog = Catalog::new(disk, images, Record::new(name))?;
+        let mut seen: Vec<FileId> = Vec::new();
+        for (name, path) in disks {
+            let stat = disk.stat(path).map_err(|e| Error::io("find the image", path, e))?;
+            if seen.contains(&stat.id) {
+                return Err(Error::new(ErrorKind::Usage, "the image is named for two disks").at(path));
+            }
+            seen.push(stat.id);
+            let path = if disk.is_symlink(path) {
+                disk.canonical(path).map_err(|e| Error::io("find the image", path, e))?
+            } else {
+                path.clone()
+            };
+            let file = catalog.name_of(disk, &path)?;
+            catalog.record.disks.push(DiskRecord::new(name.clone(), Some(file)));
+        }
+        catalog.record.check().map_err(|e| Error::new(ErrorKind::Usage, e.to_string()))?;
+        let mut tree = Self::of(disk, catalog, BTreeSet::new(), &[], also, trust)?;
+        if let Some(missing) = tree.missing.first() {
+            let text = format!("{} is no image that can be read", missing.what);
+            return Err(Error::new(ErrorKind::NotFound, text));
+        }
+        // Here they were asked for by name.
+        tree.recorded = tree.catalog.record.disks.iter().filter_map(|d| d.active.clone()).collect();
+        Ok(tree)
+    }
+
+    /// As [`adopt`](Self::adopt) with everything that hangs together with an image, for a disk of which nobody knows which
+    /// image is active: `seed` is the disk and the image.
+    ///
+    /// # Errors
+    /// As [`adopt`](Self::adopt).
+    pub fn adopt_branches(
+        disk: &dyn Disk,
+        images: &Path,
+        tree: &str,
+        seed: (String, PathBuf),
+        also: &[PathBuf],
+        trust: &Trust,
+    ) -> Result<Self> {
+        let mut catalog = Catalog::new(disk, images, Record::new(tree))?;
+        catalog.record.disks.push(DiskRecord::new(seed.0.clone(), None));
+        Self::of(disk, catalog, BTreeSet::new(), &[seed], also, trust)
+    }
+
+    fn of(
+        disk: &dyn Disk,
+        mut catalog: Catalog,
+        recorded: BTreeSet<String>,
+        seeds: &[(String, PathBuf)],
+        also: &[PathBuf],
+        trust: &Trust,
+    ) -> Result<Self> {
+        let mut directories = vec![catalog.base().to_owned()];
+        let files = catalog.record.files().into_iter().map(|f| directory_of(&catalog.path_of(f)));
+        let also = also.iter().map(|dir| disk.canonical(dir).unwrap_or_else(|_| dir.clone()));
+        for dir in files.chain(also).collect::<Vec<_>>() {
+            if !directories.contains(&dir) && disk.stat(&dir).is_ok() {
+                directories.push(dir);
+            }
+        }
+        let survey = Survey::of_directories(disk, &directories, trust)?;
+        let Reconciled { differences, missing } =
+            crate::reconcile::reconcile(disk, &survey, &mut catalog, seeds)?;
+        Ok(Self { catalog, survey, differences, missing, recorded })
+    }
+
+    /// What the tree is called.
+    pub fn name(&self) -> &str {
+        &self.catalog.record.tree
+    }
+
+    /// The file that a record's file name leads to, by index into the survey.
+    pub(crate) fn file(&self, disk: &dyn Disk, name: &str) -> Option<usize> {
+        self.survey.find(disk, &self.catalog.path_of(name))
+    }
+
+    /// Where a state is; `None` if it is not there.
+    pub(crate) fn place(&self, disk: &dyn Disk, storage: &Storage) -> Option<Place> {
+        let file = self.file(disk, storage.file())?;
+        match storage {
+            Storage::External { .. } => Some(Place { file, snapshot: None }),
+            Storage::Internal { snapshot, id, .. } => {
+                let table = &self.survey.files.get(file)?.snapshots;
+                let at = table.iter().position(|s| escape(&s.id) == *id && escape(&s.name) == *snapshot)?;
+                Some(Place { file, snapshot: Some(at) })
+            }
+        }
+    }
+
+    /// Whether the catalog's file names `file` as a disk's active image: if not, it is not ours to throw away.
+    pub(crate) fn is_recorded(&self, file: &str) -> bool {
+        self.recorded.contains(file)
+    }
+
+    /// The name under which the active heads are shown: the first active file's stem, or the next name that is free.
+    pub fn head_name(&self) -> Option<String> {
+        let record = &self.catalog.record;
+        let active = record.disks.iter().find_map(|d| d.active.as_deref())?;
+        let path = self.catalog.path_of(active);
+        let stem = escape(path.file_stem().unwrap_or_default().as_encoded_bytes());
+        let taken: BTreeSet<&str> = record.nodes.iter().map(|n| n.name.as_str()).collect();
+        free_name(&stem, |name| taken.contains(name))
+    }
+
+    /// The hierarchy: the record's nodes, and one for the active heads, which stands on current.
+    ///
+    /// # Errors
+    /// None in practice: the record is sound.
+    pub fn lineage(&self) -> Result<(Lineage, Option<NodeId>)> {
+        let record = &self.catalog.record;
+        let wrap = |e: pleach_lineage::RecordError| Error::new(ErrorKind::Corrupt, e.to_string());
+        let (mut lineage, _) = record.lineage().map_err(wrap)?;
+        let Some(name) = self.head_name() else { return Ok((lineage, None)) };
+        let storage = record
+            .disks
+            .iter()
+            .filter_map(|d| Some((d.name.clone(), Storage::External { file: d.active.clone()? })))
+            .collect();
+        let node = Node { parent: lineage.current(), storage, ..Node::new(name, Kind::Head) };
+        let head = lineage.insert(node)?;
+        Ok((lineage, Some(head)))
+    }
+
+    /// The same, with the place of every state in the survey.
+    ///
+    /// # Errors
+    /// As [`lineage`](Self::lineage).
+    pub fn family(&self, disk: &dyn Disk) -> Result<Family> {
+        let (lineage, _) = self.lineage()?;
+        let mut states = BTreeMap::new();
+        for id in lineage.ids() {
+            let storage = lineage.get(id).map(|n| &n.storage[..]).unwrap_or_default();
+            let places = storage.iter().filter_map(|(_, storage)| self.place(disk, storage));
+            let found: Vec<State> = places
+                .map(|p| p.snapshot.map_or(State::File(p.file), |at| State::Snapshot(p.file, at)))
+                .collect();
+            states.insert(id, found);
+        }
+        Ok(Family::of_states(lineage, states))
+    }
+
+    /// Whether the file at `path` is one of the tree's.
+    pub fn has_file(&self, disk: &dyn Disk, path: &Path) -> bool {
+        let Ok(stat) = disk.stat(path) else { return false };
+        let files = self.catalog.record.files();
+        files.into_iter().any(|f| disk.stat(&self.catalog.path_of(f)).is_ok_and(|s| s.id == stat.id))
+    }
+
+    /// The node of that name; also by the file name of an external node.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], with the names that there are.
+    pub fn resolve(&self, name: &str) -> Result<String> {
+        let record = &self.catalog.record;
+        if record.find(name).is_some() {
+            return Ok(name.to_owned());
+        }
+        let named = |file: &str| {
+            let path = self.catalog.path_of(file);
+            path == Path::new(name)
+                || path.file_name().is_some_and(|n| n == name)
+                || path.file_stem().is_some_and(|n| n == name)
+        };
+        let by_file = |node: &&pleach_lineage::NodeRecord| {
+            node.storage.iter().any(|(_, s)| matches!(s, Storage::External { file } if named(file)))
+        };
+        let escaped = |node: &&pleach_lineage::NodeRecord| escape(node.name.as_bytes()) == name;
+        let mut found = record.nodes.iter().filter(|n| by_file(n) || escaped(n));
+        match (found.next(), found.next()) {
+            (Some(one), None) => Ok(one.name.clone()),
+            (Some(_), Some(_)) => {
+                Err(Error::new(ErrorKind::Usage, format!("\"{name}\" may mean several nodes"))
+                    .hint("use the node's name, as tree shows it"))
+            }
+            (None, _) => {
+                let known: Vec<String> =
+                    record.nodes.iter().take(20).map(|n| escape(n.name.as_bytes())).collect();
+                let text = format!("there is no node named \"{}\"", escape(name.as_bytes()));
+                let hint = if known.is_empty() {
+                    "the tree has no snapshots yet".to_owned()
+                } else {
+                    format!("the nodes are: {}", known.join(", "))
+                };
+                Err(Error::new(ErrorKind::NotFound, text).hint(hint))
+            }
+        }
+    }
+
+    /// Lets the record forget what is not there, and takes the only end of a branch for an active image that is gone. Says
+    /// what was done, a line each; nothing is written.
+    ///
+    /// # Errors
+    /// None in practice: the record is sound.
+    pub fn mend(&mut self) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
+        let wrap = |e: pleach_lineage::RecordError| Error::new(ErrorKind::Corrupt, e.to_string());
+        for missing in std::mem::take(&mut self.missing) {
+            let record = &mut self.catalog.record;
+            let Some(name) = &missing.node else {
+                let ends: Vec<String> = record
+                    .nodes
+                    .iter()
+                    .filter(|n| n.kind == Kind::Head && n.storage_of(&missing.disk).is_some())
+                    .map(|n| n.name.clone())
+                    .collect();
+                let end = match ends.as_slice() {
+                    [only] => {
+                        record.nodes.iter().position(|n| n.name == *only).map(|at| record.nodes.remove(at))
+                    }
+                    _ => None,
+                };
+                if let Some(end) = &end {
+                    record.current.clone_from(&end.parent);
+                    notes.push(format!("{} is taken for the active image", quoted(&end.name)));
+                }
+                let file =
+                    end.as_ref().and_then(|n| n.storage_of(&missing.disk)).map(|s| s.file().to_owned());
+                if let Some(disk) = record.disks.iter_mut().find(|d| d.name == missing.disk) {
+                    disk.active = file;
+                }
+                continue;
+            };
+            let Some(node) = record.find_mut(name) else { continue };
+            node.storage.retain(|(disk, _)| *disk != missing.disk);
+            if !node.storage.is_empty() {
+                notes.push(format!("{} has no state of disk {} any more", quoted(name), missing.disk));
+                continue;
+            }
+            let (mut lineage, ids) = record.lineage().map_err(wrap)?;
+            let Some(id) = lineage.find(name) else { continue };
+            lineage.delete(id, pleach_lineage::DeleteMode::Single)?;
+            let named = |id: Option<NodeId>| id.and_then(|id| lineage.get(id)).map(|n| n.name.clone());
+            for (node, &at) in record.nodes.iter_mut().zip(&ids) {
+                node.parent = named(lineage.parent(at));
+            }
+            record.current = named(lineage.current());
+            record.nodes.retain(|n| n.name != *name);
+            notes.push(format!("{} is forgotten: nothing of it is there", quoted(name)));
+        }
+        Ok(notes)
+    }
+
+    /// Refuses to work with a node of which something is missing.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`], naming what is missing.
+    pub(crate) fn must_be_whole(&self, node: &str) -> Result<()> {
+        match self.missing.iter().find(|m| m.node.as_deref() == Some(node)) {
+            None => Ok(()),
+            Some(missing) => {
+                let text = format!(
+                    "\"{}\" is not whole: {} of disk {} is missing",
+                    escape(node.as_bytes()),
+                    missing.what,
+                    escape(missing.disk.as_bytes())
+                );
+                Err(Error::new(ErrorKind::NotFound, text).hint(
+                    "put it back, or let the catalog forget it: pleach delete --metadata, or pleach scan --write",
+                ))
+            }
+        }
+    }
+}
+
+/// `base`, or `base-2` and so on: the first that is not taken.
+pub(crate) fn free_name(base: &str, taken: impl Fn(&str) -> bool) -> Option<String> {
+    let numbered = (2..u32::MAX).map(|n| format!("{base}-{n}"));
+    std::iter::once(base.to_owned()).chain(numbered).find(|name| !taken(name))
+}
