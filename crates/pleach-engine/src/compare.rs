@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use crate::buffer::Buffer;
 use crate::map::{Extent, Mapper};
+use crate::scan::indexed;
 use crate::{Error, ErrorKind, Result, Source, Watch, is_zero};
 
 /// Most bytes that one worker compares before it asks for more. No cluster is larger.
@@ -47,7 +48,8 @@ pub fn compare(sides: [&Source; 2], strict: bool, watch: &Watch) -> Result<Compa
     for side in sides {
         side.check_readable()?;
     }
-    let sides = [Side::of(&sides[0].chain)?, Side::of(&sides[1].chain)?];
+    let chains = [indexed(&sides[0].chain)?, indexed(&sides[1].chain)?];
+    let sides = [Side::of(&chains[0])?, Side::of(&chains[1])?];
     let sizes = [sides[0].chain.size(), sides[1].chain.size()];
     if strict && sizes[0] != sizes[1] {
         return Ok(Comparison { sizes, difference: Some(Difference::Size) });

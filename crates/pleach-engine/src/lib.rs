@@ -34,6 +34,7 @@ mod compact;
 mod compare;
 pub mod convert;
 mod delete;
+mod diff;
 mod error;
 mod execute;
 pub mod family;
@@ -66,6 +67,7 @@ pub use compare::{Comparison, Difference, compare};
 pub use delete::{
     DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, StateFill, Work, prepare,
 };
+pub use diff::{Changed, diff};
 pub use error::{Error, ErrorKind, Result};
 pub use execute::{Outcome, execute};
 pub use journal::{Intent, JournalImage, NewBacking, pending};

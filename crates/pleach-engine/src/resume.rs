@@ -57,26 +57,96 @@ pub fn resume(disk: &dyn Disk, directories: &[PathBuf], watch: &Watch) -> Result
     Ok(done)
 }
 
-/// Takes back every interrupted operation whose journal lies in one of `directories`.
+/// Takes back every interrupted operation whose journal lies in one of `directories`, as long as nothing that stays was
+/// changed by it: what it had copied is given back.
 ///
 /// # Errors
-/// [`ErrorKind::Refused`] for an operation that has begun to change what was there before: it can only be finished.
+/// [`ErrorKind::Refused`] for an operation that has gone too far; [`resume`] finishes it. Its journal stays.
 pub fn undo(disk: &dyn Disk, directories: &[PathBuf]) -> Result<Vec<Resumed>> {
     let mut done = Vec::new();
     for dir in directories {
-        for path in pending(disk, dir)? {
-            if path.extension().is_none_or(|e| e != STEPS) {
-                let text = "the operation changes images in place; it cannot be taken back";
+        let journals = pending(disk, dir)?;
+        let of_trees = |path: &PathBuf| path.extension().is_some_and(|e| e == STEPS);
+        let in_tree = journals.iter().any(of_trees);
+        for path in journals {
+            let what = if of_trees(&path) {
+                steps::undo(disk, &path)?
+            } else if in_tree {
+                let text = "the operation is a part of another one, which has begun to change images";
                 return Err(Error::new(ErrorKind::Refused, text)
                     .at(path)
                     .hint(format!("finish it: pleach resume {}", dir.display())));
-            }
-            let what = steps::undo(disk, &path)?;
+            } else {
+                let (journal, contents) = Journal::reopen(disk, &path)?;
+                let what = take_back(disk, &contents)?;
+                journal.end()?;
+                what
+            };
             done.push(Resumed { journal: path, what: format!("taken back: {what}") });
         }
         clear_unbegun(disk, dir)?;
     }
     Ok(done)
+}
+
+fn take_back(disk: &dyn Disk, contents: &Contents) -> Result<String> {
+    mend_headers(disk, contents)?;
+    let too_late = |path: &Path, what: &str| {
+        Err(Error::new(ErrorKind::Refused, format!("cannot be taken back: {what}"))
+            .at(path)
+            .hint("finish the operation: pleach resume"))
+    };
+    match &contents.intent {
+        None => Ok("nothing had begun".to_owned()),
+        Some(Intent::Remove { files, .. }) => match files.iter().find(|f| here(disk, f).is_none()) {
+            Some(gone) => too_late(&gone.path, "the file is gone already"),
+            None => Ok("nothing was removed".to_owned()),
+        },
+        Some(Intent::Rebase { image, onto, unchecked, directories }) => {
+            let rebase = RebaseIntent { image, onto: onto.as_ref(), unchecked: *unchecked, directories };
+            if here(disk, image).is_none() {
+                return Err(not_the_same(&image.path));
+            }
+            if rebase.is_switched(disk)? {
+                return too_late(&image.path, "the image has its new backing file");
+            }
+            give_back_leaks_of(disk, &image.path)?;
+            Ok(format!("\"{}\" stands on what it stood on", image.path.display()))
+        }
+        Some(Intent::Merge { victim, dependents, between, committed, renamed, .. }) => {
+            if committed.is_some() {
+                return too_late(&victim.path, "the file may hold merged data already");
+            }
+            for image in between.iter().chain([victim]) {
+                if here(disk, image).is_none() {
+                    return too_late(&image.path, "the file is gone already");
+                }
+            }
+            let below = between.first().unwrap_or(victim);
+            for image in dependents {
+                if here(disk, image).is_none() {
+                    return Err(not_the_same(&image.path));
+                }
+                if !names(disk, &image.path, below)? {
+                    return too_late(&image.path, "the image does not stand on it any more");
+                }
+            }
+            let second = second_name(&victim.path);
+            if renamed.as_ref().is_some_and(|image| disk.stat(&second).is_ok_and(|s| image.is(&s))) {
+                remove(disk, &second)?;
+            }
+            dependents.iter().try_for_each(|image| give_back_leaks_of(disk, &image.path))?;
+            Ok(format!("\"{}\" is what it was", victim.path.display()))
+        }
+    }
+}
+
+/// Whether the header of the image at `path` names `backing`.
+fn names(disk: &dyn Disk, path: &Path, backing: &JournalImage) -> Result<bool> {
+    let store = disk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
+    let head = read_head(&*store).map_err(|e| Error::image(path, e))?;
+    let named = head.header.backing().and_then(|b| backing_path(path, &b.name).ok());
+    Ok(named.and_then(|p| disk.stat(&p).ok()).is_some_and(|s| backing.is(&s)))
 }
 
 fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch: &Watch) -> Result<String> {

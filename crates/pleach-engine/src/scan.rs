@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pleach_format::{GuestOffset, HostOffset, L1Entry, Mapping, RunList};
 use pleach_image::{Chain, Image, ImageError, Layer, Piece, PieceKind};
@@ -74,17 +76,71 @@ fn image_runs(image: &Image) -> Result<RunList, ImageError> {
 }
 
 fn state_runs(image: &Image, l1: &[L1Entry], size: u64) -> Result<RunList, ImageError> {
+    let left = AtomicUsize::new(usize::MAX);
+    Ok(state_runs_within(image, l1, size, &left)?.unwrap_or_default())
+}
+
+/// The runs of a state, which are taken from `left`; `None` as soon as there are more.
+fn state_runs_within(
+    image: &Image,
+    l1: &[L1Entry],
+    size: u64,
+    left: &AtomicUsize,
+) -> Result<Option<RunList>, ImageError> {
     image.check_readable()?;
     let slots = usize::try_from(image.geometry().required_l1(size)).unwrap_or(usize::MAX);
-    let parts: Vec<RunList> = (0..slots.min(l1.len()))
+    let used: Vec<usize> =
+        l1.iter().take(slots).enumerate().filter(|(_, entry)| entry.0 != 0).map(|(i, _)| i).collect();
+    let take = |runs: RunList| {
+        let enough = |left: usize| left.checked_sub(runs.as_slice().len());
+        left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enough).ok().map(|_| runs)
+    };
+    let parts: Option<Vec<RunList>> = used
         .into_par_iter()
-        .map(|i| image.runs_of(l1, size, i))
+        .map(|i| match left.load(Ordering::Relaxed) {
+            0 => Ok(None),
+            _ => image.runs_of(l1, size, i).map(take),
+        })
         .collect::<Result<_, _>>()?;
-    let mut all = RunList::new();
-    for part in parts {
-        all.append(part);
+    Ok(parts.map(|parts| {
+        parts.into_iter().fold(RunList::new(), |mut all, part| {
+            all.append(part);
+            all
+        })
+    }))
+}
+
+/// Fewer layers than this are read by their tables.
+const INDEXED_DEPTH: usize = 3;
+
+/// Most runs of an index: some 100 MiB of memory while it is made, half of that afterwards.
+const MOST_RUNS: usize = 1 << 20;
+
+/// The chain with an index, unless it is so short that this would save nothing, or its layers say more than an index may
+/// hold: then it is read by its tables.
+///
+/// # Errors
+/// As [`layer_runs`].
+pub(crate) fn indexed(chain: &Chain) -> Result<Chain> {
+    if chain.layers().len() < INDEXED_DEPTH {
+        return Ok(chain.clone());
     }
-    Ok(all)
+    let left = AtomicUsize::new(MOST_RUNS);
+    let overlay = |(depth, layer): (usize, &Arc<Layer>)| -> Result<Option<Overlay>> {
+        let path = chain.paths().get(depth).cloned().unwrap_or_default();
+        let runs = match &**layer {
+            Layer::Raw(_) => Some(layer_runs(&path, layer)?),
+            Layer::Qcow2(image) => state_runs_within(image, image.l1(), image.size(), &left)
+                .map_err(|e| Error::image(&path, e))?,
+        };
+        Ok(runs.map(|runs| Overlay::of_runs(depth, layer.size(), &runs)))
+    };
+    let layers: Option<Vec<Overlay>> =
+        chain.layers().par_iter().enumerate().map(overlay).collect::<Result<_>>()?;
+    Ok(match layers.and_then(fold) {
+        Some(overlay) => chain.clone().with_index(pieces_of(&overlay)),
+        None => chain.clone(),
+    })
 }
 
 /// Layers over each other, top first, as one; `None` of none.

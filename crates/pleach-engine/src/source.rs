@@ -12,7 +12,7 @@ use crate::workers::Threads;
 use crate::{Error, ErrorKind, Result};
 
 /// Longest chain that is followed.
-const MAX_DEPTH: usize = 256;
+const MAX_DEPTH: usize = 512;
 
 /// How an image is opened for reading.
 #[derive(Clone, Debug, Default)]

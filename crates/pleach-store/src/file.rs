@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, copy_file_range, fallocate};
@@ -18,12 +19,30 @@ use crate::{LockError, Role, Store, Window, lock};
 #[derive(Debug)]
 pub struct FileStore {
     file: File,
+    /// The stretch of data that was found last: looking for the end of a long one takes time, on some file systems.
+    data: Mutex<Range<u64>>,
 }
 
 impl FileStore {
     /// A store on `file`, which stays open as long as the store.
     pub fn new(file: File) -> Self {
-        Self { file }
+        Self { file, data: Mutex::new(0..0) }
+    }
+
+    /// The first stretch of data at or behind `at`, cut off before it; `None` behind the last one.
+    fn data_from(&self, at: u64) -> io::Result<Option<Range<u64>>> {
+        let known = || self.data.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = known().clone();
+        if last.contains(&at) {
+            return Ok(Some(at..last.end));
+        }
+        let Some(data) = seek(&self.file, at, Whence::SeekData)? else { return Ok(None) };
+        let hole = match seek(&self.file, data, Whence::SeekHole)? {
+            Some(hole) => hole,
+            None => self.len()?,
+        };
+        *known() = data..hole;
+        Ok(Some(data.max(at)..hole))
     }
 
     fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
@@ -140,13 +159,9 @@ impl Store for FileStore {
         let mut found = Vec::new();
         let mut at = range.start;
         while at < end {
-            let Some(data) = seek(&self.file, at, Whence::SeekData)? else { break };
-            if data >= end {
-                break;
-            }
-            let hole = seek(&self.file, data, Whence::SeekHole)?.unwrap_or(end).min(end);
-            found.push(data.max(at)..hole);
-            at = hole;
+            let Some(data) = self.data_from(at)?.filter(|data| data.start < end) else { break };
+            at = data.end.min(end);
+            found.push(data.start..at);
         }
         Ok(found)
     }

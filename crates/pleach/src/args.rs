@@ -48,6 +48,8 @@ pub(crate) enum Command {
     Map(MapArgs),
     /// Find out whether two images read the same
     Compare(CompareArgs),
+    /// Show where an image reads differently than another one
+    Diff(DiffArgs),
     /// Create a new, empty image
     Create(CreateArgs),
     /// Make an image's disk longer or shorter
@@ -58,6 +60,8 @@ pub(crate) enum Command {
     Bitmap(BitmapArgs),
     /// Copy an image into a new file of either format, with or without compression
     Convert(ConvertArgs),
+    /// Make a copy of an image that stands alone
+    Flatten(FlattenArgs),
     /// Show how large a copy of an image, or a new image, would be
     Measure(MeasureArgs),
     /// Delete a node; the content of every node that stays is unchanged
@@ -70,7 +74,7 @@ pub(crate) enum Command {
     Rebase(RebaseArgs),
     /// Finish interrupted operations
     Resume(ResumeArgs),
-    /// Take back interrupted operations that have made nothing but new files and new snapshots
+    /// Take back interrupted operations that have not changed anything yet
     Undo(ResumeArgs),
     /// Build a tree of real images, delete nodes from it every way, and prove that nothing else changed
     Demo(DemoArgs),
@@ -287,6 +291,21 @@ pub(crate) struct ConvertArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct FlattenArgs {
+    #[command(flatten)]
+    pub(crate) convert: ConvertArgs,
+    /// Show what would be written, and stop
+    #[arg(short = 'n', long)]
+    pub(crate) dry_run: bool,
+    /// For scripts; there is nothing to confirm
+    #[arg(short, long)]
+    yes: bool,
+    /// Print exact sizes
+    #[arg(long)]
+    pub(crate) bytes: bool,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct MeasureArgs {
     /// The image to copy
     #[arg(value_name = "IMG", required_unless_present = "size", conflicts_with = "size")]
@@ -364,6 +383,36 @@ pub(crate) struct CompareArgs {
     /// Sizes, and what is allocated, must be the same too
     #[arg(short, long)]
     pub(crate) strict: bool,
+    #[command(flatten)]
+    pub(crate) read: ReadArgs,
+    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
+    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
+    pub(crate) progress: String,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArgs {
+    /// An image
+    #[arg(value_name = "A")]
+    pub(crate) first: PathBuf,
+    /// The one whose changes are shown
+    #[arg(value_name = "B")]
+    pub(crate) second: PathBuf,
+    /// Take A to have this format; only needed for raw ones
+    #[arg(short = 'f', long = "format", value_parser = format)]
+    pub(crate) first_format: Option<FileFormat>,
+    /// Take B to have this format
+    #[arg(short = 'F', long, value_parser = format)]
+    pub(crate) second_format: Option<FileFormat>,
+    /// Read this internal snapshot of A, by id or name
+    #[arg(long = "snapshot-a", value_name = "SNAPSHOT")]
+    pub(crate) first_snapshot: Option<String>,
+    /// Read this internal snapshot of B
+    #[arg(long = "snapshot-b", value_name = "SNAPSHOT")]
+    pub(crate) second_snapshot: Option<String>,
     #[command(flatten)]
     pub(crate) read: ReadArgs,
     /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all

@@ -1,11 +1,11 @@
-//! `pleach convert` and `pleach measure`
+//! `pleach convert`, `pleach flatten` and `pleach measure`
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pleach_engine::convert::{NewImage, Target, convert, measure_empty, measure_source};
+use pleach_engine::convert::{Converted, NewImage, Target, convert, measure_empty, measure_source, rehearse};
 use pleach_engine::survey::FileFormat;
 use pleach_engine::{Error, ErrorKind, Result, Source, SourceOptions, Watch};
 use pleach_format::BackingFile;
@@ -14,11 +14,26 @@ use pleach_store::{Disk, RealDisk};
 use serde_json::json;
 
 use crate::act::start_jobs;
-use crate::args::{ConvertArgs, CopyArgs, MeasureArgs};
+use crate::args::{ConvertArgs, CopyArgs, FlattenArgs, MeasureArgs};
 use crate::progress::{Progress, Show};
 use crate::{create, output, size};
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
+    let (made, to) = copy(args, false)?;
+    if args.copy.json {
+        output::document(&json!({
+            "schema": 1,
+            "converted": {
+                "filename": args.out.display().to_string(), "format": to.name(), "virtual_size": made.virtual_size,
+                "file_size": made.file_size, "bytes_written": made.written,
+            },
+        }));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the copy, or only finds out what it would be; and its format.
+fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
     start_jobs(args.copy.jobs)?;
     if args.bitmaps {
         return Err(Error::new(ErrorKind::Unsupported, "copying bitmaps is not supported").at(&args.source));
@@ -39,18 +54,39 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
     }
     let watch = Arc::new(Watch::new());
     let progress = Progress::start(Show::of(&args.progress), &watch);
-    let made = convert(&RealDisk, &source.chain, &args.out, &target, &watch);
+    let made = match dry_run {
+        true => rehearse(&source.chain, &args.out, &target, &watch),
+        false => convert(&RealDisk, &source.chain, &args.out, &target, &watch),
+    };
     drop(progress);
-    let made = made?;
-    if args.copy.json {
-        output::document(&json!({
-            "schema": 1,
-            "converted": {
-                "filename": args.out.display().to_string(), "format": to.name(), "virtual_size": made.virtual_size,
-                "file_size": made.file_size, "bytes_written": made.written,
-            },
-        }));
+    Ok((made?, to))
+}
+
+pub(crate) fn flatten(args: &FlattenArgs) -> Result<ExitCode> {
+    let convert = &args.convert;
+    if convert.copy.backing.is_some() {
+        return Err(usage("a copy that stands alone has no backing file; convert makes others".to_owned()));
     }
+    let (made, to) = copy(convert, args.dry_run)?;
+    if !convert.copy.json {
+        let what = if args.dry_run { "would be written" } else { "written" };
+        let (written, length) =
+            (size::show(made.written, args.bytes), size::show(made.file_size, args.bytes));
+        output::print(&format!("{}: {written} {what}, {length} long\n", convert.out.display()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    output::document(&json!({
+        "schema": 1,
+        "plan": {
+            "bytes_read": made.written, "bytes_written": made.written, "bytes_cloned": 0, "bytes_freed": 0,
+            "copies": [{
+                "into": convert.out.display().to_string(), "content_of": convert.source.display().to_string(),
+                "bytes": made.written,
+            }],
+            "renames": [], "unlinks": [], "rebases": [], "dependents": [], "refused": null,
+            "format": to.name(), "virtual_size": made.virtual_size, "file_size": made.file_size,
+        },
+    }));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -12,6 +12,7 @@ mod convert;
 mod create;
 mod delete;
 mod demo;
+mod diff;
 mod info;
 mod job;
 mod libvirt;
@@ -55,11 +56,13 @@ fn main() -> ExitCode {
         Command::Check(args) => (args.json, check::run(&args)),
         Command::Map(args) => (args.json, map::run(&args)),
         Command::Compare(args) => (args.json, compare::run(&args)),
+        Command::Diff(args) => (args.json, diff::run(&args)),
         Command::Create(args) => (args.json, create::run(&args)),
         Command::Resize(args) => (args.json, resize::run(&args)),
         Command::Compact(args) => (args.json, compact::run(&args)),
         Command::Bitmap(args) => (args.json, bitmap::run(&args)),
         Command::Convert(args) => (args.copy.json, convert::run(&args)),
+        Command::Flatten(args) => (args.convert.copy.json, convert::flatten(&args)),
         Command::Measure(args) => (args.copy.json, convert::measure(&args)),
         Command::Delete(args) => (args.act.json, delete::run(&args)),
         Command::Merge(args) => (args.act.json, merge::run(&args)),

@@ -212,7 +212,7 @@ fn kill_often(scenario: &Scenario, kills: u32) {
         let delay = slice * index + slice * u32::try_from(rng.below(1000)).unwrap() / 1000;
         let again = rng.chance(35).then(|| whole * u32::try_from(rng.below(1000)).unwrap() / 1000);
         let label = format!("{}: kill {index} at {delay:?} of {whole:?}", scenario.name);
-        *seen.entry(case.kill_once(delay, again, &label)).or_default() += 1;
+        *seen.entry(case.kill_once(delay, again, index % 2 == 1, &label)).or_default() += 1;
     }
     println!("{}: one run takes {whole:?}; {seen:?}", scenario.name);
     let hits: u32 = seen.iter().filter(|(what, _)| what.starts_with("killed")).map(|(_, count)| count).sum();
@@ -260,8 +260,8 @@ impl Case<'_> {
         times[1]
     }
 
-    /// One kill, and perhaps one of the `resume` that follows; what was seen, in words.
-    fn kill_once(&self, delay: Duration, again: Option<Duration>, label: &str) -> String {
+    /// One kill, perhaps one of the `resume` that follows, and perhaps `undo` before that; what was seen, in words.
+    fn kill_once(&self, delay: Duration, again: Option<Duration>, undo: bool, label: &str) -> String {
         let pleach = Tool::new(PLEACH);
         let dir = self.copy();
         let killed = pleach.spawn(&self.command(&dir)).kill_after(delay);
@@ -272,6 +272,14 @@ impl Case<'_> {
             let killed = pleach.spawn(&["resume", text(&dir)]).kill_after(delay);
             assert!(matches!(killed.code, None | Some(0)), "{label}, then in resume: {killed}");
             assert_eq!(self.problems_midway(&dir), Vec::<String>::new(), "{label}, then in resume: {killed}");
+        }
+        if undo && !unfinished(&dir).is_empty() {
+            let undone = pleach.run(&["undo", text(&dir)]);
+            match undone.code {
+                Some(0) => assert_eq!(self.stage(&dir, label, &undone), Stage::Before, "{label}: {undone}"),
+                Some(6) => assert_eq!(self.problems_midway(&dir), Vec::<String>::new(), "{label}: {undone}"),
+                _ => panic!("{label}: {undone}"),
+            }
         }
         let had_journal_still = !unfinished(&dir).is_empty();
         let resumed = pleach.succeed(&["resume", text(&dir)]);

@@ -276,17 +276,17 @@ impl Batch {
     ///
     /// # Errors
     /// What the system says.
-    pub(crate) fn write(&self, store: &dyn Store) -> Result<u64, ImageError> {
+    pub(crate) fn write(&self, store: Option<&dyn Store>) -> Result<u64, ImageError> {
         self.write_all(store).map_err(|source| ImageError::Io { what: "write the new file", source })
     }
 
-    fn write_all(&self, store: &dyn Store) -> std::io::Result<u64> {
+    fn write_all(&self, store: Option<&dyn Store>) -> std::io::Result<u64> {
         let mut written = 0;
         for write in &self.writes {
             let from = if write.packed { &self.packed } else { self.bytes.bytes() };
             let bytes = from.get(write.range.clone()).unwrap_or(&[]);
             if write.packed {
-                store.write_at(write.offset, bytes)?;
+                store.map_or(Ok(()), |store| store.write_at(write.offset, bytes))?;
                 written += bytes.len() as u64;
             } else {
                 written += write_sparse(store, write.offset, bytes)?;
@@ -376,13 +376,16 @@ fn read(chain: &Chain, ranges: &[Range<u64>], bytes: &mut Buffer) -> Result<(), 
 }
 
 /// Writes what is not zeros, and gives the number of bytes.
-fn write_sparse(store: &dyn Store, offset: u64, bytes: &[u8]) -> std::io::Result<u64> {
+fn write_sparse(store: Option<&dyn Store>, offset: u64, bytes: &[u8]) -> std::io::Result<u64> {
     let mut written = 0;
     let mut start = 0;
     let mut run = |range: Range<usize>| {
         written += range.len() as u64;
         let part = bytes.get(range.clone()).unwrap_or(&[]);
-        if part.is_empty() { Ok(()) } else { store.write_at(offset + range.start as u64, part) }
+        match store {
+            Some(store) if !part.is_empty() => store.write_at(offset + range.start as u64, part),
+            _ => Ok(()),
+        }
     };
     for (n, block) in bytes.chunks(HOLE).enumerate() {
         if is_zero(block) {

@@ -8,6 +8,7 @@ use pleach_image::{Chain, Image, ImageError, Layer, Preallocation};
 use super::Target;
 use super::batch::{Batch, Fill};
 use super::job::Job;
+use crate::scan::indexed;
 use crate::{Error, Result, Watch};
 
 /// Sizes of a copy in bytes. The file and its data file together, where there is one.
@@ -34,7 +35,7 @@ pub fn measure_empty(size: u64, target: &Target<'_>) -> Result<Needed> {
 /// # Errors
 /// As [`convert`](super::convert).
 pub fn measure_source(source: &Chain, target: &Target<'_>) -> Result<Needed> {
-    measure(Some(source), source.size(), target)
+    measure(Some(&indexed(source)?), source.size(), target)
 }
 
 fn measure(source: Option<&Chain>, size: u64, target: &Target<'_>) -> Result<Needed> {

@@ -4,7 +4,7 @@
 //! everything goes, in guest order. So equal inputs give equal files for any number of threads.
 
 mod batch;
-mod extents;
+pub(crate) mod extents;
 mod job;
 mod measure;
 mod space;
@@ -15,6 +15,7 @@ use pleach_format::NewHeader;
 use pleach_image::{Bulk, Chain, Compressor, CreateOptions, ImageError, Piecework, Preallocation};
 use pleach_store::{Disk, NewFile, Store};
 
+use crate::scan::indexed;
 use crate::{Error, ErrorKind, Result, Watch};
 use batch::{Batch, Fill, Look};
 use extents::Extents;
@@ -72,10 +73,59 @@ pub fn convert(
     watch: &Watch,
 ) -> Result<Converted> {
     watch.expect(source.size());
+    let source = &indexed(source)?;
     match target {
         Target::Raw(preallocation) => to_raw(disk, source, out, *preallocation, watch),
-        Target::Qcow2(image) => to_qcow2(disk, source, out, image, watch),
+        Target::Qcow2(image) => {
+            let below = image.below.map(indexed).transpose()?;
+            to_qcow2(disk, source, out, &NewImage { below: below.as_ref(), ..image.clone() }, watch)
+        }
     }
+}
+
+/// What [`convert`] would make, found out without writing anything.
+///
+/// # Errors
+/// As [`convert`], as far as nothing has to be written to find out.
+pub fn rehearse(source: &Chain, out: &Path, target: &Target<'_>, watch: &Watch) -> Result<Converted> {
+    watch.expect(source.size());
+    let (source, size) = (&indexed(source)?, source.size());
+    let Target::Qcow2(image) = target else {
+        let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
+        let written = job.run(
+            || Batch::new(None),
+            |_| Ok(()),
+            |batch| {
+                batch.place_raw(size);
+                Ok(())
+            },
+            |batch| {
+                batch.read(source)?;
+                batch.write(None)
+            },
+        )?;
+        return Ok(Converted { virtual_size: size, file_size: size, written });
+    };
+    image.check()?;
+    let below = image.below.map(indexed).transpose()?;
+    let image = &NewImage { below: below.as_ref(), ..image.clone() };
+    let mut bulk = image.bulk(size)?;
+    let look = image.look(source, &bulk);
+    let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
+    let wrap = |e: ImageError| Error::image(out, e);
+    let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
+    let written = job.run(
+        || Batch::new(image.compressor().ok().flatten()),
+        |batch| batch.look(&look),
+        |batch| batch.place(&mut bulk, fill.as_mut(), &mut |_| Ok(())).map_err(wrap),
+        |batch| batch.write(None),
+    )?;
+    if let Some(fill) = &mut fill {
+        let end = bulk.geometry().clusters_for(size).0;
+        fill.up_to(end, &mut bulk, &mut |_| Ok(())).map_err(wrap)?;
+    }
+    let file_size = bulk.finish().map_err(wrap)?.len;
+    Ok(Converted { virtual_size: size, file_size, written })
 }
 
 fn to_raw(
@@ -102,7 +152,7 @@ fn to_raw(
         },
         |batch| {
             batch.read(source)?;
-            batch.write(store)
+            batch.write(Some(store))
         },
     )?;
     store.barrier().map_err(io("flush the file"))?;
@@ -161,7 +211,7 @@ fn to_qcow2(
                 _ => Ok(()),
             }
         },
-        |batch| batch.write(data_store),
+        |batch| batch.write(Some(data_store)),
     )?;
     if let Some(fill) = &mut fill {
         let end = bulk.geometry().clusters_for(size).0;
