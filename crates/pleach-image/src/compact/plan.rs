@@ -240,3 +240,158 @@ impl Room {
         Ok(placed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pleach_testkit::Rng;
+
+    use super::super::layout::RootKind;
+    use super::*;
+
+    /// A layout at random: single clusters, roots of up to four clusters, compressed data of several in a cluster or across
+    /// two, holes everywhere.
+    fn layout(rng: &mut Rng) -> Layout {
+        let (cluster, per_block) = (512, 64);
+        let mut layout = Layout {
+            roles: vec![Role::Fixed],
+            roots: Vec::new(),
+            packed: Vec::new(),
+            blocks: Vec::new(),
+            per_block,
+            per_table_cluster: 64,
+            cluster,
+        };
+        let mut blocks = Vec::new();
+        for number in 0..rng.between(5, 120) {
+            let first = layout.roles.len() as u64;
+            match rng.below(9) {
+                0 => {
+                    let clusters = rng.between(1, 4);
+                    let what = RootKind::SnapshotL1(usize::try_from(number).unwrap());
+                    layout.roots.push(Root { what, first, clusters });
+                    layout.roles.extend((0..clusters).map(|_| Role::Root));
+                }
+                1 => {
+                    let mut at = first * cluster + rng.below(3) * 7;
+                    for _ in 0..rng.between(1, 5) {
+                        // Up to the end of a sector; the next one may share that.
+                        let sectors = rng.between(1, 2);
+                        let bytes = sectors * 512 - at % 512;
+                        layout.packed.push(Extent { offset: at, bytes });
+                        at += bytes.saturating_sub(rng.below(400)).max(40);
+                    }
+                    let end = layout.packed.iter().map(|e| e.end()).max().unwrap().div_ceil(cluster);
+                    layout.roles.extend((first..end).map(|_| Role::Packed));
+                }
+                2 => layout.roles.push(Role::Table),
+                3 => layout.roles.push(Role::Bits),
+                4 if blocks.len() < 4 => {
+                    blocks.push(first);
+                    layout.roles.push(Role::Block);
+                }
+                5 | 6 => layout.roles.extend((0..rng.between(1, 6)).map(|_| Role::Free)),
+                _ => layout.roles.push(Role::Data),
+            }
+        }
+        layout.blocks = blocks.into_iter().map(Some).collect();
+        layout.packed.sort_unstable();
+        layout.packed.dedup();
+        layout
+    }
+
+    /// Every place is free when something is moved there, and in the end all lies below the end.
+    #[test]
+    fn plans_can_be_carried_out() {
+        let (mut moved, mut aside, mut packed) = (0, 0, 0);
+        for seed in 0..2000 {
+            let layout = layout(&mut Rng::new(seed));
+            let plan = Plan::of(&layout);
+            assert!(plan.end <= layout.end(), "seed {seed}");
+            let mut roles = layout.roles.clone();
+            let mut take = |from: u64, to: u64, what: &str| {
+                let (from, to) = (usize::try_from(from).unwrap(), usize::try_from(to).unwrap());
+                assert_eq!(roles[to], Role::Free, "seed {seed}: {what}: {from} to {to}");
+                assert!((to as u64) < plan.end, "seed {seed}: {what}");
+                roles[to] = std::mem::replace(&mut roles[from], Role::Free);
+            };
+            for (_, from, to) in &plan.aside {
+                take(*from, *to, "aside");
+            }
+            for (root, to) in &plan.roots {
+                for i in 0..root.clusters {
+                    take(root.first + i, to + i, "root");
+                }
+            }
+            let free = |roles: &[Role], c: u64| roles[usize::try_from(c).unwrap()] == Role::Free;
+            for (extent, to) in &plan.packed {
+                assert_eq!(extent.offset % 512, to % 512, "seed {seed}");
+                assert!(
+                    (to / 512..(to + extent.bytes).div_ceil(512)).all(|c| free(&roles, c)),
+                    "seed {seed}: packed"
+                );
+                // No other data lie there, unless they did before.
+                for (other, place) in plan.packed.iter().filter(|(other, _)| other != extent) {
+                    let apart = place + other.bytes <= *to || to + extent.bytes <= *place;
+                    let alike = other.offset.wrapping_sub(extent.offset) == place.wrapping_sub(*to);
+                    assert!(apart || alike, "seed {seed}: {extent:?} to {to}, {other:?} to {place}");
+                }
+            }
+            for (extent, to) in &plan.packed {
+                for c in to / 512..(to + extent.bytes).div_ceil(512) {
+                    roles[usize::try_from(c).unwrap()] = Role::Packed;
+                }
+            }
+            for (_, cluster) in &plan.new_blocks {
+                assert!(free(&roles, *cluster), "seed {seed}: block");
+                roles[usize::try_from(*cluster).unwrap()] = Role::Block;
+            }
+            for role in [Role::Data, Role::Table, Role::Bits, Role::Block] {
+                for (from, to) in plan.singles.of(role) {
+                    assert_eq!(roles[usize::try_from(from).unwrap()], role, "seed {seed}");
+                    assert!(free(&roles, to) && to < plan.end, "seed {seed}: {role:?}");
+                    roles[usize::try_from(to).unwrap()] = role;
+                    roles[usize::try_from(from).unwrap()] = Role::Free;
+                }
+            }
+            let behind = roles.iter().skip(usize::try_from(plan.end).unwrap());
+            assert!(
+                behind.clone().all(|r| matches!(r, Role::Free | Role::Packed | Role::Block)),
+                "seed {seed}"
+            );
+            let kept = layout.packed.iter().filter(|e| e.end() > plan.end * 512).count();
+            assert!(kept == plan.packed.len() || !plan.moves(), "seed {seed}");
+            moved += plan.copied(512);
+            aside += plan.aside.len();
+            packed += plan.packed.len();
+        }
+        assert!(moved > 1000 && aside > 10 && packed > 100, "{moved} {aside} {packed}");
+    }
+
+    /// Single clusters fill every hole.
+    #[test]
+    fn the_end_is_as_many_clusters_as_are_used() {
+        let roles = [
+            Role::Fixed,
+            Role::Root,
+            Role::Block,
+            Role::Free,
+            Role::Data,
+            Role::Free,
+            Role::Free,
+            Role::Table,
+        ];
+        let root = Root { what: RootKind::Refcounts, first: 1, clusters: 1 };
+        let layout = Layout {
+            roles: roles.to_vec(),
+            roots: vec![root],
+            packed: Vec::new(),
+            blocks: vec![Some(2)],
+            per_block: 64,
+            per_table_cluster: 64,
+            cluster: 512,
+        };
+        let plan = Plan::of(&layout);
+        assert_eq!((plan.end, plan.copied(512)), (5, 1));
+        assert!(plan.singles.of(Role::Table).eq([(7, 3)]));
+    }
+}

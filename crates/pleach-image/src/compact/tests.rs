@@ -39,7 +39,7 @@ fn images() -> Vec<(String, Vec<u8>)> {
     }
     let work = WorkDir::new("compact");
     let kinds = [
-        ("cluster_size=512", "600k"),
+        ("cluster_size=512", "3M"),
         ("cluster_size=512,refcount_bits=64", "500k"),
         ("cluster_size=1k,compat=0.10", "600k"),
         ("cluster_size=16k,extended_l2=on", "2M"),
