@@ -36,7 +36,7 @@ fn every_state_keeps_its_content() {
     if !oracle::available() {
         return;
     }
-    let steps = if long_mode() { 2000 } else { 20 };
+    let steps = if long_mode() { 170 } else { 20 };
     let seed = chosen_seed().unwrap_or(0x415);
     oracle::in_parallel(KINDS, |(options, sectors)| {
         let _seed = OnFailure::print_seed(seed, "histories");

@@ -524,8 +524,8 @@ pub(crate) struct ResizeArgs {
     /// Shrink without asking
     #[arg(short, long)]
     pub(crate) yes: bool,
-    /// Taken for uniformity: a resize is not parallel
-    #[arg(long, value_name = "N", hide = true)]
+    /// How many threads read and change tables
+    #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<usize>,
     /// Print exact sizes
     #[arg(long)]

@@ -4,22 +4,18 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pleach_engine::{Error, ErrorKind, Result, Watch, compact, plan_compact};
+use pleach_engine::{Result, Watch, compact, plan_compact};
 use pleach_image::{CompactOptions, Compaction};
 use pleach_store::RealDisk;
 use serde_json::{Value, json};
 
+use crate::act::start_jobs;
 use crate::args::CompactArgs;
 use crate::progress::{Progress, Show};
 use crate::{output, size};
 
 pub(crate) fn run(args: &CompactArgs) -> Result<ExitCode> {
-    if let Some(jobs) = args.jobs {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(jobs)
-            .build_global()
-            .map_err(|e| Error::new(ErrorKind::Failed, format!("cannot start {jobs} threads: {e}")))?;
-    }
+    start_jobs(args.jobs)?;
     let options = CompactOptions { zeroes: args.zeroes };
     let done = if args.dry_run {
         plan_compact(&RealDisk, &args.image, options)?

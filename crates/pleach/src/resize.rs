@@ -11,11 +11,13 @@ use pleach_lineage::Reads;
 use pleach_store::{Access, Disk, FileId, RealDisk, Role, Store};
 use serde_json::{Value, json};
 
+use crate::act::start_jobs;
 use crate::args::ResizeArgs;
 use crate::target::directory;
 use crate::{confirm, create, output, size};
 
 pub(crate) fn run(args: &ResizeArgs) -> Result<ExitCode> {
+    start_jobs(args.jobs)?;
     let mut image = Resizable::open(args)?;
     let (from, to) = (image.size(), wanted(&args.size, image.size())?);
     let dependents = dependents(args)?;
