@@ -12,7 +12,6 @@
 //! images where they lie under it, so that a moved directory can be resumed; `HEADER` (2) holds an image's inode number,
 //! and the old and the new bytes of its header. Only its owner may write a journal, and nobody else's is followed.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -279,7 +278,7 @@ pub(crate) fn clear_unbegun(disk: &dyn Disk, directory: &Path) -> Result<()> {
         return Ok(());
     }
     for path in disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))? {
-        if path.extension() == Some(OsStr::new("journal-new")) {
+        if path.extension().is_some_and(|e| e == "journal-new" || e == "steps-begun") {
             disk.unlink(&path).map_err(|e| Error::io("remove", &path, e))?;
         }
     }
@@ -524,6 +523,7 @@ mod tests {
 
     #[test]
     fn any_name_survives() {
+        use std::ffi::OsStr;
         use std::os::unix::ffi::OsStrExt;
         for name in [&b"plain"[..], b"100%", b"%41", b"\xff\xfe/x", "gr\u{fc}n".as_bytes(), b"%"] {
             let path = Path::new(OsStr::from_bytes(name));

@@ -10,7 +10,7 @@ use pleach_store::Disk;
 use crate::Result;
 use crate::catalog::Catalog;
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile};
-use crate::tree::{Missing, free_name};
+use crate::tree::{Inside, Missing, free_name};
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -101,6 +101,7 @@ impl<'a> Look<'a> {
     /// Finds every state that the record names.
     fn resolve(&mut self) {
         let mut nodes = std::mem::take(&mut self.record().nodes);
+        let mut tables: BTreeMap<usize, Inside> = BTreeMap::new();
         for node in &mut nodes {
             self.taken.insert(node.name.clone());
             for (disk, storage) in &mut node.storage {
@@ -111,19 +112,20 @@ impl<'a> Look<'a> {
                         self.lost(Some(&node.name), disk, what);
                     }
                     (Some(file), Storage::External { .. }) => {
-                        self.owners.insert(file, node.name.clone());
+                        // Of several nodes with one state, the current one counts.
+                        let is_current = self.catalog.record.current.as_ref() == Some(&node.name);
+                        let owner = self.owners.entry(file).or_insert_with(|| node.name.clone());
+                        if is_current {
+                            owner.clone_from(&node.name);
+                        }
                     }
                     (Some(file), Storage::Internal { snapshot, id, file: shown }) => {
                         let table = self.survey.files.get(file).map(|f| &f.snapshots[..]).unwrap_or_default();
                         let pair = |s: &pleach_format::SnapshotRecord| (escape(&s.name), escape(&s.id));
-                        let same = table.iter().position(|s| pair(s) == (snapshot.clone(), id.clone()));
-                        let only = |wanted: &dyn Fn(&(String, String)) -> bool| {
-                            let mut all = table.iter().enumerate().filter(|(_, s)| wanted(&pair(s)));
-                            all.next().filter(|_| all.next().is_none()).map(|(at, _)| at)
-                        };
-                        let at = same
-                            .or_else(|| only(&|(name, _)| name == snapshot))
-                            .or_else(|| only(&|(_, other)| other == id));
+                        let known = tables.entry(file).or_insert_with(|| {
+                            self.survey.files.get(file).map(Inside::of).unwrap_or_default()
+                        });
+                        let at = known.find_like(id, snapshot);
                         let Some(at) = at else {
                             let what = format!("snapshot \"{snapshot}\" in \"{}\"", escape(shown.as_bytes()));
                             self.lost(Some(&node.name), disk, what);
@@ -342,7 +344,7 @@ impl<'a> Look<'a> {
 
     /// A snapshot of the same name on another disk, to which a new one on `disk` belongs.
     fn joins(&self, name: &str, disk: &str) -> Option<String> {
-        let node = self.catalog.record.find(name)?;
+        let node = self.taken.contains(name).then(|| self.catalog.record.find(name)).flatten()?;
         let elsewhere = node.storage.iter().any(|(_, s)| matches!(s, Storage::Internal { .. }));
         (elsewhere && node.storage_of(disk).is_none()).then(|| node.name.clone())
     }

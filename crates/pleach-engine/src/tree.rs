@@ -3,7 +3,7 @@
 //! A [`Tree`] is found by [`Tree::load`], or made from images that no catalog describes by [`Tree::adopt`]. Its record is
 //! then what verbs plan with; it differs from the file on disk by what [`Tree::differences`] says, until it is saved.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use pleach_image::escape;
@@ -14,7 +14,7 @@ use crate::catalog::Catalog;
 use crate::family::{Family, State};
 use crate::journal::directory_of;
 use crate::reconcile::{Reconciled, quoted};
-use crate::survey::{Survey, Trust};
+use crate::survey::{Survey, SurveyFile, Trust};
 use crate::{Error, ErrorKind, Result};
 
 /// A catalog and the images that it is about.
@@ -30,6 +30,45 @@ pub struct Tree {
     pub missing: Vec<Missing>,
     /// Active files that the catalog's file names.
     recorded: BTreeSet<String>,
+    /// The record's file names, and the files that they lead to.
+    files: HashMap<String, Option<usize>>,
+    /// Internal snapshots of those files, by id and name as records have them: their places in the tables.
+    inside: HashMap<usize, Inside>,
+}
+
+/// The snapshots inside one file.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Inside {
+    by_both: HashMap<(String, String), usize>,
+    /// `None` for names, and for ids, that several have.
+    by_name: HashMap<String, Option<usize>>,
+    by_id: HashMap<String, Option<usize>>,
+}
+
+impl Inside {
+    /// Those in a file's snapshot table.
+    pub(crate) fn of(file: &SurveyFile) -> Self {
+        let mut all = Self::default();
+        for (at, snapshot) in file.snapshots.iter().enumerate() {
+            let (id, name) = (escape(&snapshot.id), escape(&snapshot.name));
+            all.by_name.entry(name.clone()).and_modify(|one| *one = None).or_insert(Some(at));
+            all.by_id.entry(id.clone()).and_modify(|one| *one = None).or_insert(Some(at));
+            all.by_both.entry((id, name)).or_insert(at);
+        }
+        all
+    }
+
+    /// The one with that id and that name.
+    pub(crate) fn find(&self, id: &str, name: &str) -> Option<usize> {
+        self.by_both.get(&(id.to_owned(), name.to_owned())).copied()
+    }
+
+    /// The same; else the only one of that name; else the only one with that id.
+    pub(crate) fn find_like(&self, id: &str, name: &str) -> Option<usize> {
+        let by_name = || self.by_name.get(name).copied().flatten();
+        let by_id = || self.by_id.get(id).copied().flatten();
+        self.find(id, name).or_else(by_name).or_else(by_id)
+    }
 }
 
 /// A state that a catalog names and that is not there.
@@ -140,7 +179,12 @@ impl Tree {
         let survey = Survey::of_directories(disk, &directories, trust)?;
         let Reconciled { differences, missing } =
             crate::reconcile::reconcile(disk, &survey, &mut catalog, seeds)?;
-        Ok(Self { catalog, survey, differences, missing, recorded })
+        let names = catalog.record.files().into_iter();
+        let files: HashMap<String, Option<usize>> =
+            names.map(|name| (name.to_owned(), survey.find(disk, &catalog.path_of(name)))).collect();
+        let known = files.values().flatten().filter_map(|&i| Some((i, Inside::of(survey.files.get(i)?))));
+        let inside = known.collect();
+        Ok(Self { catalog, survey, differences, missing, recorded, files, inside })
     }
 
     /// What the tree is called.
@@ -150,7 +194,8 @@ impl Tree {
 
     /// The file that a record's file name leads to, by index into the survey.
     pub(crate) fn file(&self, disk: &dyn Disk, name: &str) -> Option<usize> {
-        self.survey.find(disk, &self.catalog.path_of(name))
+        let known = self.files.get(name).copied();
+        known.unwrap_or_else(|| self.survey.find(disk, &self.catalog.path_of(name)))
     }
 
     /// Where a state is; `None` if it is not there.
@@ -159,8 +204,7 @@ impl Tree {
         match storage {
             Storage::External { .. } => Some(Place { file, snapshot: None }),
             Storage::Internal { snapshot, id, .. } => {
-                let table = &self.survey.files.get(file)?.snapshots;
-                let at = table.iter().position(|s| escape(&s.id) == *id && escape(&s.name) == *snapshot)?;
+                let at = self.inside.get(&file)?.find(id, snapshot)?;
                 Some(Place { file, snapshot: Some(at) })
             }
         }

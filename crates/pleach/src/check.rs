@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use pleach_engine::survey::{FileFormat, Survey};
+use pleach_engine::tree::Tree;
 use pleach_engine::{Error, ErrorKind, Repair, Result, Threads, undo_repair};
 use pleach_format::Incompatible;
 use pleach_image::{CheckReport, Finding, Image, RepairMode, check_with};
@@ -12,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::args::CheckArgs;
 use crate::output;
-use crate::target::directory;
+use crate::target::{Target, directory};
 
 /// Exit code if nothing worse than leaks was found.
 const LEAKS: u8 = 3;
@@ -54,11 +55,48 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
             output::print(&text(path, &checked));
         }
     }
+    let trees = trees(args)?;
     if args.json {
-        output::document(&json!({ "schema": 1, "images": documents }));
+        let mut document = json!({ "schema": 1, "images": documents });
+        if let (false, Some(document)) = (trees.is_empty(), document.as_object_mut()) {
+            let of = |tree: &Tree| {
+                let catalog = tree.catalog.path().display().to_string();
+                json!({ "tree": tree.name(), "catalog": catalog, "differences": tree.differences })
+            };
+            document.insert("trees".to_owned(), trees.iter().map(of).collect());
+        }
+        output::document(&document);
+    } else {
+        trees.iter().for_each(|tree| output::print(&tree_text(tree)));
+    }
+    if trees.iter().any(|tree| !tree.differences.is_empty()) {
+        failed.get_or_insert(1);
     }
     // What was found counts for more than what could not be looked at.
     Ok(ExitCode::from(if worst == 0 { failed.unwrap_or(0) } else { worst }))
+}
+
+/// The trees whose catalogs are held against their images: those of the directories and catalogs that were named.
+fn trees(args: &CheckArgs) -> Result<Vec<Tree>> {
+    let mut all = Vec::new();
+    for path in &args.images {
+        let target = Target::of(path, &[])?;
+        if target.image.is_none() {
+            all.extend(target.trees(&args.trust.trust())?);
+        }
+    }
+    Ok(all)
+}
+
+fn tree_text(tree: &Tree) -> String {
+    let mut out = format!("{}:\n", tree.catalog.path().display());
+    if tree.differences.is_empty() {
+        out.push_str("  the catalog and the images agree\n");
+    }
+    for difference in &tree.differences {
+        out.push_str(&format!("  {difference}\n"));
+    }
+    out
 }
 
 /// The images that are meant: files as they are named, the qcow2 images of directories, and chains if asked for.
@@ -72,6 +110,14 @@ fn images(args: &CheckArgs) -> Result<Vec<PathBuf>> {
             let mut found: Vec<PathBuf> = found.chain(survey.broken.iter().map(|b| b.path.clone())).collect();
             found.sort();
             all.extend(found);
+            continue;
+        }
+        if path.extension().is_some_and(|e| e == "tree") {
+            let tree = Tree::load(&RealDisk, path, &[], &args.trust.trust())?;
+            let files = tree.catalog.record.files();
+            let found = files.iter().filter_map(|f| tree.survey.find(&RealDisk, &tree.catalog.path_of(f)));
+            let found = found.filter_map(|i| tree.survey.files.get(i));
+            all.extend(found.filter(|f| f.format == FileFormat::Qcow2).map(|f| f.path.clone()));
             continue;
         }
         all.push(path.clone());

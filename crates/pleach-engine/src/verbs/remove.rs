@@ -125,6 +125,14 @@ fn single(draft: &mut Draft<'_>, name: &str, keep: &Keep) -> Result<()> {
         // What is not there any more needs no deleting.
         let Some(place) = draft.tree.place(draft.disk, storage) else { continue };
         let entry = draft.entry(place.file)?;
+        if states.get(&place.file).into_iter().flatten().any(|(n, at)| n != name && *at == place.snapshot) {
+            draft.warnings.push(format!(
+                "a state of {} stays in {}: another node has the same one",
+                quoted(name),
+                quoted(storage.file())
+            ));
+            continue;
+        }
         match place.snapshot {
             Some(at) => {
                 let others = states.get(&place.file).into_iter().flatten().any(|(n, _)| n != name);
@@ -294,16 +302,20 @@ fn branch(draft: &mut Draft<'_>, name: &str, request: &RemoveRequest) -> Result<
 /// The states of `gone` go: whole files where nothing in them stays, else their snapshots or their active state.
 fn drop_states(draft: &mut Draft<'_>, gone: &[NodeRecord], going: &[String]) -> Result<()> {
     let mut active: BTreeSet<usize> = BTreeSet::new();
-    let mut inside: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+    let mut inside: BTreeMap<usize, BTreeSet<usize>> = BTreeMap::new();
     for storage in gone.iter().flat_map(|n| &n.storage).map(|(_, s): &(String, Storage)| s) {
-        match draft.tree.place(draft.disk, storage) {
-            Some(place) => match place.snapshot {
-                Some(at) => inside.entry(place.file).or_default().push(at),
-                None => {
-                    active.insert(place.file);
-                }
-            },
-            None => continue,
+        let Some(place) = draft.tree.place(draft.disk, storage) else { continue };
+        // Another node may have the same state.
+        if draft.states_in(place.file).iter().any(|(_, _, at)| *at == place.snapshot) {
+            continue;
+        }
+        match place.snapshot {
+            Some(at) => {
+                inside.entry(place.file).or_default().insert(at);
+            }
+            None => {
+                active.insert(place.file);
+            }
         }
     }
     let kept: BTreeSet<usize> =
@@ -311,7 +323,7 @@ fn drop_states(draft: &mut Draft<'_>, gone: &[NodeRecord], going: &[String]) -> 
     let mut whole: BTreeSet<usize> = BTreeSet::new();
     for &file in active.iter().chain(inside.keys()) {
         let entry = draft.entry(file)?;
-        let all_inside = inside.get(&file).map_or(0, Vec::len) == entry.snapshots.len();
+        let all_inside = inside.get(&file).map_or(0, BTreeSet::len) == entry.snapshots.len();
         let stays = draft.states_in(file).iter().any(|(_, _, at)| at.is_none());
         if all_inside && !kept.contains(&file) && !stays {
             whole.insert(file);
