@@ -1,4 +1,4 @@
-//! `fuzz`: lists the targets, or runs them with the images of `testdata/` as seeds.
+//! `fuzz`: lists the targets, or runs them with the images and documents of `testdata/` as seeds.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +7,10 @@ use crate::run::{Result, cargo_of, program, read, run, succeeds};
 
 /// A target that needs more than this on images of a few hundred KiB has no bound at all.
 const MEMORY_LIMIT: &str = "-rss_limit_mb=1024";
+
+/// Where the seeds are.
+const SEEDS: &[&str] =
+    &["testdata/golden", "testdata/hostile", "testdata/libvirt/read", "testdata/libvirt/refused"];
 
 pub(crate) fn fuzz(args: &[String]) -> Result {
     let known = targets()?;
@@ -64,12 +68,18 @@ fn install() -> Result {
     run(program("cargo").args(["install", "cargo-fuzz", "--locked"]))
 }
 
-/// Copies the images of `testdata/` into the corpus of `target`; returns the corpus.
+/// Copies the images, or the documents, of `testdata/` into the corpus of `target`; returns the corpus.
 fn seed(target: &str) -> Result<String> {
     let corpus = format!("fuzz/corpus/{target}");
     fs::create_dir_all(&corpus).map_err(|why| format!("cannot make {corpus}: {why}"))?;
-    for directory in ["testdata/golden", "testdata/hostile"] {
-        for file in files_in(directory).iter().filter(|file| file.ends_with(".qcow2")) {
+    for directory in SEEDS {
+        // An image is no document.
+        let ending = match target {
+            "libvirt_xml" => ".xml",
+            "catalog" => ".tree",
+            _ => ".qcow2",
+        };
+        for file in files_in(directory).iter().filter(|file| file.ends_with(ending)) {
             let from = format!("{directory}/{file}");
             fs::copy(&from, format!("{corpus}/{file}"))
                 .map_err(|why| format!("cannot copy {from}: {why}"))?;
