@@ -80,6 +80,17 @@ pub(crate) enum Command {
     Demo(DemoArgs),
     /// Read and write libvirt's snapshot documents, and compare them with the images
     Libvirt(crate::libvirt::LibvirtArgs),
+    /// Print what a shell needs to complete the command line
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write the manual, a page a verb
+    Man {
+        /// The directory; made if it is not there
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
 }
 
 /// What images may make us open.
@@ -756,6 +767,11 @@ pub(crate) enum Failure {
     Help(String),
     /// The words make no sense.
     Usage { text: String, json: bool },
+}
+
+/// The whole command line, for those who describe it.
+pub(crate) fn command() -> clap::Command {
+    <Cli as clap::CommandFactory>::command()
 }
 
 /// Reads the arguments of this process.

@@ -12,6 +12,7 @@ mod convert;
 mod create;
 mod delete;
 mod demo;
+mod describe;
 mod diff;
 mod info;
 mod job;
@@ -72,6 +73,8 @@ fn main() -> ExitCode {
         Command::Undo(args) => (args.json, resume::take_back(&args)),
         Command::Demo(args) => (false, demo::run(&args)),
         Command::Libvirt(args) => (args.json, libvirt::run(&args)),
+        Command::Completions { shell } => (false, describe::completions(shell)),
+        Command::Man { directory } => (false, describe::manual(&directory)),
     };
     match result {
         Ok(code) => code,

@@ -5,17 +5,17 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use pleach_engine::catalog::Catalog;
+use pleach_engine::survey::Trust;
 use pleach_engine::{Error, ErrorKind, Result};
 use pleach_libvirt::{Export, ExportError, Snapshot, file_name, redefine_script};
 use pleach_lineage::Record;
-use pleach_store::{Disk, FileKind, RealDisk};
 use serde_json::json;
 
 use super::args::ExportArgs;
 use super::images::Images;
 use super::{DOMAIN_DIRECTORY, SCRIPT, contradictory, read};
 use crate::output;
-use crate::target::directory;
+use crate::target::{Target, directory};
 
 pub(crate) fn run(args: &ExportArgs, json: bool) -> Result<ExitCode> {
     let catalog = catalog_of(&args.target)?;
@@ -75,36 +75,9 @@ pub(crate) fn documents(catalog: &Catalog, domain: Option<&Path>) -> Result<Expo
     })
 }
 
-/// The catalog that a target means.
+/// The catalog that a target means, as the images bear it out; one that would be made where there is none.
 pub(crate) fn catalog_of(target: &Path) -> Result<Catalog> {
-    let stat = RealDisk.stat(target).map_err(|e| Error::io("find", target, e))?;
-    if stat.kind != FileKind::Directory && target.extension().is_some_and(|ending| ending == "tree") {
-        return Catalog::load(&RealDisk, target);
-    }
-    let (home, image) = match stat.kind {
-        FileKind::Directory => (target.to_owned(), None),
-        _ => (directory(target), Some(target)),
-    };
-    let mut found = Vec::new();
-    for path in Catalog::list(&RealDisk, &home)? {
-        let catalog = Catalog::load(&RealDisk, &path)?;
-        let is_named = |image: &Path| {
-            let id = RealDisk.stat(image).map(|stat| stat.id).ok();
-            let files = catalog.record.files().into_iter().map(|file| catalog.path_of(file));
-            id.is_some() && files.into_iter().any(|file| RealDisk.stat(&file).map(|stat| stat.id).ok() == id)
-        };
-        if image.is_none_or(is_named) {
-            found.push(catalog);
-        }
-    }
-    if found.len() > 1 {
-        let paths: Vec<String> = found.iter().map(|one| one.path().display().to_string()).collect();
-        let text = format!("has several catalogs: {}", paths.join(", "));
-        return Err(Error::new(ErrorKind::Usage, text).at(target).hint("name one of them"));
-    }
-    found.pop().ok_or_else(|| {
-        Error::new(ErrorKind::NotFound, "has no catalog").at(target).hint("pleach scan DIR --write makes one")
-    })
+    Ok(Target::of(target, &[])?.tree_or_new(&Trust::default())?.catalog)
 }
 
 fn machine(export: &Export, record: &Record) -> String {
