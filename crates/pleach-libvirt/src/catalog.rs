@@ -207,8 +207,15 @@ pub fn export(
             .transpose()
             .map_err(ExportError::Domain)?,
     };
-    let mut work =
-        Work { record, lineage, domain: stored, format_of: &format_of, documents: BTreeMap::new() };
+    let mut work = Work {
+        record,
+        lineage,
+        domain: stored,
+        format_of: &format_of,
+        documents: BTreeMap::new(),
+        files: record.files(),
+        nodes: record.nodes.iter().map(|node| (node.name.as_str(), node)).collect(),
+    };
     let mut snapshots = Vec::new();
     for node in record.nodes.iter().filter(|node| node.kind == Kind::Snapshot) {
         if let Some(why) = name_problem(&node.name) {
@@ -262,6 +269,8 @@ struct Work<'a> {
     format_of: &'a dyn Fn(&str) -> Option<String>,
     /// Documents as they came, by the node's name.
     documents: BTreeMap<String, Snapshot>,
+    files: BTreeSet<&'a str>,
+    nodes: BTreeMap<&'a str, &'a NodeRecord>,
 }
 
 impl Work<'_> {
@@ -336,10 +345,7 @@ impl Work<'_> {
     fn parent(&self, node: &NodeRecord) -> Option<&str> {
         let id = self.lineage.find(&node.name)?;
         let mut below = self.lineage.ancestors(id).filter_map(|id| self.lineage.get(id));
-        below
-            .find(|one| one.kind == Kind::Snapshot)
-            .and_then(|one| self.record.find(&one.name))
-            .map(|one| one.name.as_str())
+        below.find(|one| one.kind == Kind::Snapshot).map(|one| one.name.as_str())
     }
 
     fn is_current(&self, node: &NodeRecord) -> bool {
@@ -411,7 +417,7 @@ impl Work<'_> {
             Some(Storage::External { file }) => {
                 let ends = self.dependents(node, &name);
                 let fits = old_path.filter(|path| match ends.is_empty() {
-                    true => !self.record.files().contains(path.as_str()),
+                    true => !self.files.contains(path.as_str()),
                     false => ends.contains(path),
                 });
                 let first = || ends.first().cloned().unwrap_or_else(|| self.unused(file, &node.name));
@@ -491,10 +497,9 @@ impl Work<'_> {
     fn unused(&self, file: &str, name: &str) -> String {
         let directory = file.rsplit_once('/').map_or("", |(directory, _)| directory);
         let stem = stem_of(file);
-        let taken = self.record.files();
         let mut paths = std::iter::once(format!("{directory}/{stem}.{name}"))
             .chain((2..).map(|n| format!("{directory}/{stem}.{name}-{n}")));
-        let free = paths.find(|path| !taken.contains(path.as_str()) && (self.format_of)(path).is_none());
+        let free = paths.find(|path| !self.files.contains(path.as_str()) && (self.format_of)(path).is_none());
         free.unwrap_or_default()
     }
 
@@ -502,7 +507,7 @@ impl Work<'_> {
     fn left_out(&self) -> Vec<String> {
         let heads = self.record.nodes.iter().filter(|node| node.kind == Kind::Head);
         let unknown = heads.filter(|head| {
-            let below = head.parent.as_deref().and_then(|parent| self.record.find(parent));
+            let below = head.parent.as_deref().and_then(|parent| self.nodes.get(parent));
             !below.is_some_and(|below| {
                 head.storage.iter().all(|(disk, kept)| {
                     self.dependents(below, disk).first().is_some_and(|file| file == kept.file())

@@ -122,6 +122,9 @@ impl Snapshot {
         let root = self.xml.root();
         let old = self.xml.child(root, "parent");
         let parent = parent.filter(|name| !name.is_empty());
+        if self.purpose == Purpose::Record && parent == self.facts.parent.as_deref() {
+            return Ok(());
+        }
         let splice = match (old, parent) {
             (None, None) => return Ok(()),
             (Some(old), None) => self.xml.removal(old),

@@ -2,6 +2,7 @@
 
 mod trees;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -778,7 +779,11 @@ pub(crate) fn command() -> clap::Command {
 pub(crate) fn parse() -> Result<Command, Failure> {
     use clap::error::ErrorKind::{DisplayHelp, DisplayVersion};
     Cli::try_parse().map(|cli| cli.command).map_err(|error| match error.kind() {
-        DisplayHelp | DisplayVersion => Failure::Help(error.render().ansi().to_string()),
+        DisplayHelp | DisplayVersion => {
+            let text = error.render();
+            let plain = !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some();
+            Failure::Help(if plain { text.to_string() } else { text.ansi().to_string() })
+        }
         _ => Failure::Usage {
             text: error.render().to_string(),
             json: std::env::args_os().any(|a| a == "--json"),

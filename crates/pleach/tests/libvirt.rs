@@ -1,5 +1,7 @@
 //! `pleach libvirt`: documents become a catalog and come back byte for byte; what changed in the tree, and only
 //! that, changes in them; libvirt's test driver takes them.
+//!
+//! `PLEACH_LONG=1` runs more and longer sequences, `PLEACH_SEED=…` one sequence again.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::collections::BTreeMap;
@@ -8,7 +10,7 @@ use std::path::Path;
 use std::process::Command;
 
 use pleach_testkit::files::contents;
-use pleach_testkit::{Outcome, Tool, WorkDir};
+use pleach_testkit::{OnFailure, Outcome, Rng, Tool, WorkDir, chosen_seed, long_mode};
 
 const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
 
@@ -267,13 +269,7 @@ fn test_driver(dir: &Path, exported: &str) -> Option<Tree> {
         .unwrap();
     let stdout = String::from_utf8(done.stdout).unwrap();
     assert!(done.stderr.is_empty(), "{}\n{commands}", String::from_utf8_lossy(&done.stderr));
-    let (list, current) = stdout.split_once('|').unwrap();
-    let parents = list.lines().map(|line| {
-        let fields: Vec<&str> =
-            line.trim().split("   ").map(str::trim).filter(|one| !one.is_empty()).collect();
-        (fields[0].to_owned(), fields.get(3).copied().unwrap_or_default().to_owned())
-    });
-    Some((parents.collect(), current.trim().to_owned()))
+    Some(listed(&stdout))
 }
 
 #[test]
@@ -284,6 +280,105 @@ fn libvirt_takes_an_imported_tree_back() {
     succeed(&["libvirt", "export", &dir.display().to_string(), &dir.join("out").display().to_string()]);
     let want = libvirt_tree(&[("i", ""), ("a & 1", "i"), ("b", "a & 1"), ("c", "a & 1")], "b");
     assert_eq!(test_driver(&dir, "out"), want);
+}
+
+/// Parents by name, and the current one, as `pleach tree` says.
+fn pleachs_tree(image: &str) -> Tree {
+    let document = Tool::new(PLEACH).json(&["tree", image, "--json"]);
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let nodes = document["nodes"].as_array().unwrap().iter().filter(|node| node["kind"] == "snapshot");
+    (nodes.map(|node| (text(&node["name"]), text(&node["parent"]))).collect(), text(&document["current"]))
+}
+
+/// The names in an image's snapshot table, as stock QEMU lists them.
+fn table(image: &str) -> Vec<String> {
+    let done = Command::new("qemu-img").args(["info", "-U", "--output=json", image]).output().unwrap();
+    let document: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    let all = document["snapshots"].as_array().cloned().unwrap_or_default();
+    let mut names: Vec<String> = all.iter().map(|one| one["name"].as_str().unwrap().to_owned()).collect();
+    names.sort();
+    names
+}
+
+/// One random operation: done to real images, and written down for libvirt.
+fn operation(rng: &mut Rng, image: &str, tree: &Tree, number: usize) -> String {
+    let names: Vec<&String> = tree.0.keys().collect();
+    if names.is_empty() || rng.chance(45) {
+        succeed(&["snapshot", image, &format!("s{number}"), "--internal"]);
+        return format!("snapshot-create-as vm s{number}");
+    }
+    let name = *rng.pick(&names);
+    if rng.chance(45) {
+        succeed(&["revert", image, name, "--discard", "--yes"]);
+        return format!("snapshot-revert vm {name}");
+    }
+    let mut flags = vec!["", "--children-only"];
+    // To delete a root and all that stands on it is to delete the machine's disk.
+    flags.extend((!tree.0[name].is_empty()).then_some("--children"));
+    let flag = *rng.pick(&flags);
+    let mut args = vec!["delete", image, name, "--yes"];
+    args.extend(Some(flag).filter(|flag| !flag.is_empty()));
+    succeed(&args);
+    format!("snapshot-delete vm {name} {flag}")
+}
+
+#[test]
+fn verbs_on_real_images_make_the_trees_that_libvirt_makes() {
+    if !has_virsh() {
+        println!("skipped: there is no virsh (Debian: libvirt-clients)");
+        return;
+    }
+    let (sequences, steps) = if long_mode() { (60, 40) } else { (3, 12) };
+    for seed in chosen_seed().map_or(0..sequences, |seed| seed..seed + 1) {
+        let _seed = OnFailure::print_seed(seed, "libvirt");
+        let mut rng = Rng::new(seed);
+        let dir = WorkDir::new("libvirt-verbs");
+        let image = dir.join("A.qcow2").display().to_string();
+        qemu_img(&["create", "-q", "-f", "qcow2", &image, "1M"]);
+        succeed(&["init", "vm", "--disk", &format!("vda={image}")]);
+        let mut trees = vec![pleachs_tree(&image)];
+        let mut commands = Vec::new();
+        for number in 0..steps {
+            commands.push(operation(&mut rng, &image, trees.last().unwrap(), number));
+            trees.push(pleachs_tree(&image));
+            let (tree, done) = (trees.last().unwrap(), commands.last().unwrap());
+            assert!(table(&image).iter().eq(tree.0.keys()), "the image after {done}: {tree:?}");
+        }
+        fs::write(dir.join("vm.xml"), domain(Path::new(&image), "")).unwrap();
+        for (place, tree) in libvirts_trees(&dir, &commands).into_iter().enumerate() {
+            assert_eq!(trees[place + 1], tree, "after step {place}, {}", commands[place]);
+        }
+        if !trees.last().unwrap().0.is_empty() {
+            let (out, vm) = (dir.join("out").display().to_string(), dir.join("vm.xml").display().to_string());
+            succeed(&["libvirt", "export", &image, &out, "--domain", &vm]);
+            assert_eq!(test_driver(&dir, "out").as_ref(), trees.last());
+        }
+    }
+}
+
+/// The trees of libvirt's test driver, after each command.
+fn libvirts_trees(dir: &Path, commands: &[String]) -> Vec<Tree> {
+    let off =
+        "<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain>";
+    let node = fs::read_to_string(dir.join("vm.xml")).unwrap().replace("</domain>", off);
+    fs::write(dir.join("first.xml"), format!("<node>{node}</node>")).unwrap();
+    let ask = "snapshot-list vm --parent; echo '|'; snapshot-current vm --name; echo '#'";
+    let all: Vec<String> = commands.iter().map(|command| format!("{command}; {ask}")).collect();
+    let uri = format!("test://{}", dir.join("first.xml").display());
+    let done = Command::new("virsh").args(["-q", "-c", &uri, &all.join("; ")]).output().unwrap();
+    let stdout = String::from_utf8(done.stdout).unwrap();
+    stdout.trim_end_matches('#').split('#').map(listed).collect()
+}
+
+/// What `snapshot-list --parent`, a bar and `snapshot-current --name` print.
+fn listed(text: &str) -> Tree {
+    let (list, current) = text.split_once('|').unwrap();
+    let parents = list.lines().map(|line| {
+        let fields: Vec<&str> =
+            line.trim().split("   ").map(str::trim).filter(|one| !one.is_empty()).collect();
+        (fields[0].to_owned(), fields.get(3).copied().unwrap_or_default().to_owned())
+    });
+    (parents.collect(), current.trim().to_owned())
 }
 
 #[test]
