@@ -337,7 +337,7 @@ describe_all() {
     done
 }
 
-# Fills the holes, which git does not keep: what `map` says of a preallocated cluster depends on them.
+# Fills the holes: what `map` says of a preallocated cluster depends on them.
 fill_holes() {
     local file
     for file in *.qcow2 *.raw; do
@@ -383,7 +383,8 @@ for set in golden matrix; do
             echo "made $(ls "$here/$set"/*.qcow2 | wc -l) images, $(du -sh --apparent-size "$here/$set" | cut -f 1), in $set/"
             ;;
         --check)
-            cp "$here/$set"/*.qcow2 "$here/$set"/*.raw .
+            # A checkout may have made holes, which `map` would tell.
+            cp --sparse=never "$here/$set"/*.qcow2 "$here/$set"/*.raw .
             describe_all
             compare $set "$work/$set" "its images"
             rm -rf "${work:?}/$set" && mkdir "$work/$set" && cd "$work/$set"

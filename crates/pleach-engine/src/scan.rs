@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pleach_format::{GuestOffset, HostOffset, L1Entry, Mapping, RunList};
+use pleach_format::{GuestOffset, HostOffset, L1Entry, Mapping, Run, RunList};
 use pleach_image::{Chain, Image, ImageError, Layer, Piece, PieceKind};
 use pleach_plan::{Cover, Found, Overlay, Owner};
 use rayon::prelude::*;
@@ -89,25 +89,45 @@ fn state_runs_within(
 ) -> Result<Option<RunList>, ImageError> {
     image.check_readable()?;
     let slots = usize::try_from(image.geometry().required_l1(size)).unwrap_or(usize::MAX);
-    let used: Vec<usize> =
-        l1.iter().take(slots).enumerate().filter(|(_, entry)| entry.0 != 0).map(|(i, _)| i).collect();
-    let take = |runs: RunList| {
+    let span = image.geometry().l1_span();
+    // A table that answers for several stretches is read once. One that is cut off by the disk's end is not like the
+    // others, and where guest data is elsewhere, no two are alike.
+    let mut first: HashMap<u64, usize> = HashMap::new();
+    let used: Vec<(usize, usize)> = l1
+        .iter()
+        .take(slots)
+        .enumerate()
+        .filter(|(_, entry)| entry.0 != 0)
+        .map(|(i, entry)| {
+            let whole = (i as u64 + 1).saturating_mul(span) <= size && !image.external_data();
+            (i, if whole { *first.entry(entry.0).or_insert(i) } else { i })
+        })
+        .collect();
+    let within = |runs: &RunList| {
         let enough = |left: usize| left.checked_sub(runs.as_slice().len());
-        left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enough).ok().map(|_| runs)
+        left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enough).is_ok()
     };
-    let parts: Option<Vec<RunList>> = used
-        .into_par_iter()
-        .map(|i| match left.load(Ordering::Relaxed) {
+    let parts: Option<HashMap<usize, RunList>> = used
+        .par_iter()
+        .filter(|(i, like)| i == like)
+        .map(|&(i, _)| match left.load(Ordering::Relaxed) {
             0 => Ok(None),
-            _ => image.runs_of(l1, size, i).map(take),
+            _ => image.runs_of(l1, size, i).map(|runs| within(&runs).then_some((i, runs))),
         })
         .collect::<Result<_, _>>()?;
-    Ok(parts.map(|parts| {
-        parts.into_iter().fold(RunList::new(), |mut all, part| {
-            all.append(part);
-            all
-        })
-    }))
+    let Some(parts) = parts else { return Ok(None) };
+    let mut all = RunList::new();
+    for (i, like) in used {
+        let Some(part) = parts.get(&like) else { continue };
+        if i != like && !within(part) {
+            return Ok(None);
+        }
+        for run in part.as_slice() {
+            let guest = GuestOffset(run.guest.0 + (i - like) as u64 * span);
+            all.push_run(Run { guest, ..*run });
+        }
+    }
+    Ok(Some(all))
 }
 
 /// Fewer layers than this are read by their tables.

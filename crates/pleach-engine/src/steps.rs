@@ -616,6 +616,7 @@ impl OpenSteps<'_> {
             options: new.options(),
             below: new.backing.is_some().then_some(&below),
             compress: None,
+            bitmaps: None,
         });
         let made = convert::convert(disk, &source.chain, &new.path, &target, watch)?;
         Ok(Outcome { bytes_written: made.written, ..Outcome::default() })

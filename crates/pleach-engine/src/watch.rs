@@ -8,12 +8,26 @@ pub struct Watch {
     done: AtomicU64,
     total: AtomicU64,
     stop: AtomicBool,
+    /// Bytes that may be put out.
+    most: Option<u64>,
 }
 
 impl Watch {
     /// Nothing done, nothing to do.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same, of an operation that fails rather than put out more than this many bytes: a small image can claim any
+    /// amount of data. A copy keeps to it.
+    #[must_use]
+    pub fn with_most_output(self, bytes: Option<u64>) -> Self {
+        Self { most: bytes, ..self }
+    }
+
+    /// Bytes that may be put out; `None`: as many as fit.
+    pub(crate) fn most_output(&self) -> Option<u64> {
+        self.most
     }
 
     /// More work is known.

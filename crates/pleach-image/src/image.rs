@@ -423,7 +423,15 @@ impl Image {
             };
             while at < span_end.min(end) {
                 let cluster = at & !(g.cluster_size() - 1);
-                let entry = entry_at(&table, g, g.l2_index(g.guest_cluster(GuestOffset(cluster))));
+                let index = g.l2_index(g.guest_cluster(GuestOffset(cluster)));
+                let empty = empty_entries(&table, g, index);
+                if empty > 0 {
+                    let stop = (cluster + empty * g.cluster_size()).min(end);
+                    flush(&mut open, (at, stop - at, Mapping::Unallocated), each)?;
+                    at = stop;
+                    continue;
+                }
+                let entry = entry_at(&table, g, index);
                 let mut found: SmallVec<[(u64, u64, Mapping); 4]> = SmallVec::new();
                 self.visit(entry, cluster, &mut |start, n, mapping| found.push((start, n, mapping)))?;
                 for (start, n, mapping) in found {
@@ -704,6 +712,15 @@ pub(crate) fn entry_at(table: &[u8], geometry: Geometry, index: usize) -> Extend
     let word = |i: usize| words.get(i).map_or(0, |w| u64::from_be_bytes(*w));
     let second = if step == 2 { word(index * 2 + 1) } else { 0 };
     ExtendedL2Entry { descriptor: L2Entry(word(index * step)), subclusters: second }
+}
+
+/// How many entries from `index` on are all zeros, and say nothing.
+fn empty_entries(table: &[u8], geometry: Geometry, index: usize) -> u64 {
+    let step = geometry.l2_entry_bytes();
+    let rest = table.get(index * step..).unwrap_or(&[]);
+    let words = rest.as_chunks::<8>().0;
+    let zeros = words.iter().position(|word| *word != [0; 8]).unwrap_or(words.len());
+    (zeros * 8 / step) as u64
 }
 
 /// The mapping of the bytes `by` further on.

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, copy_file_range, fallocate};
+use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, copy_file_range, fallocate, posix_fadvise};
 use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
@@ -87,6 +87,12 @@ impl Store for FileStore {
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all_at(bytes, offset)
+    }
+
+    fn start_writing_back(&self, range: Range<u64>) {
+        let (Ok(start), Ok(len)) = (offset(range.start), offset(range.end - range.start)) else { return };
+        // Pages that are dirty are not dropped, but written: that is all that is wanted, and nothing depends on it.
+        let _ = posix_fadvise(&self.file, start, len, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {

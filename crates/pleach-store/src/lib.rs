@@ -96,6 +96,10 @@ pub trait Store: Send + Sync + std::fmt::Debug {
         None
     }
 
+    /// Lets the system begin to write back the range, if it likes: the next [`barrier`](Self::barrier) then has less to
+    /// wait for.
+    fn start_writing_back(&self, _range: Range<u64>) {}
+
     /// Makes everything written so far durable, the length included.
     ///
     /// # Errors

@@ -292,9 +292,15 @@ pub(crate) struct ConvertArgs {
     /// Level of compression: 1 to 9 for zlib, 1 to 19 for zstd
     #[arg(long, value_name = "N", requires = "compress")]
     pub(crate) level: Option<u32>,
-    /// Copy the source's bitmaps too
+    /// Fail, and leave nothing, rather than put out more than this: a small image can claim any amount of data
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) max_output: Option<u64>,
+    /// Copy the source's persistent bitmaps too
     #[arg(long)]
     pub(crate) bitmaps: bool,
+    /// Leave out bitmaps that were not written back, instead of copying nothing
+    #[arg(long, requires = "bitmaps")]
+    pub(crate) skip_broken_bitmaps: bool,
     /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
     #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
     pub(crate) progress: String,
@@ -486,6 +492,9 @@ pub(crate) struct LayoutArgs {
     /// What is there before anything is written: nothing, the tables, space for the data too, or zeros
     #[arg(long, default_value = "off", value_parser = ["off", "metadata", "falloc", "full"])]
     pub(crate) preallocation: String,
+    /// Refused: what qemu-img's nocow does, `chattr +C` on the directory does for every new file
+    #[arg(long)]
+    pub(crate) nocow: bool,
 }
 
 #[derive(Debug, Args)]
@@ -527,6 +536,9 @@ pub(crate) struct ResizeArgs {
     /// The disk may become shorter: what is behind the new end is lost
     #[arg(long)]
     pub(crate) shrink: bool,
+    /// What is there of the new part: nothing, or, of a raw image, space or zeros that are written
+    #[arg(long, default_value = "off", value_parser = ["off", "metadata", "falloc", "full"])]
+    pub(crate) preallocation: String,
     /// Take the image to have this format; only needed for raw ones
     #[arg(short, long, value_parser = format)]
     pub(crate) format: Option<FileFormat>,

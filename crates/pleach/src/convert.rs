@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pleach_engine::convert::{Converted, NewImage, Target, convert, measure_empty, measure_source, rehearse};
+use pleach_engine::convert::{
+    BrokenBitmaps, Converted, NewImage, Target, convert, measure_empty, measure_source, rehearse,
+};
 use pleach_engine::survey::FileFormat;
 use pleach_engine::{Error, ErrorKind, Result, Source, SourceOptions, Watch};
 use pleach_format::BackingFile;
@@ -34,9 +36,10 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
 
 /// Makes the copy, or only finds out what it would be; and its format.
 fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
-    start_jobs(args.copy.jobs)?;
-    if args.bitmaps {
-        return Err(Error::new(ErrorKind::Unsupported, "copying bitmaps is not supported").at(&args.source));
+    start_jobs(args.copy.jobs.or_else(copy_threads))?;
+    if args.bitmaps && dry_run {
+        let text = "foretelling a copy with its bitmaps is not supported";
+        return Err(Error::new(ErrorKind::Unsupported, text).at(&args.source));
     }
     if RealDisk.stat(&args.out).is_ok() {
         return Err(Error::new(ErrorKind::Failed, "the file is there already")
@@ -48,11 +51,21 @@ fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
     let backing =
         args.copy.backing.as_deref().map(|name| open_backing(&args.copy, &args.out, name)).transpose()?;
     let compress = args.compress.then_some(args.level);
-    let target = target(&args.copy, to, &args.out, compress, backing.as_ref())?;
+    let mut target = target(&args.copy, to, &args.out, compress, backing.as_ref())?;
+    match &mut target {
+        Target::Qcow2(new) if args.bitmaps => {
+            let skip = args.skip_broken_bitmaps;
+            new.bitmaps = Some(if skip { BrokenBitmaps::Skip } else { BrokenBitmaps::Refuse });
+        }
+        Target::Raw(_) if args.bitmaps => {
+            return Err(usage("--bitmaps is for qcow2 images, and the copy is raw".to_owned()));
+        }
+        _ => {}
+    }
     if let Target::Qcow2(NewImage { options: CreateOptions { data_file: Some(data), .. }, .. }) = &target {
         create::look_at_data_file(data, &args.out)?;
     }
-    let watch = Arc::new(Watch::new());
+    let watch = Arc::new(Watch::new().with_most_output(args.max_output));
     let progress = Progress::start(Show::of(&args.progress), &watch);
     let made = match dry_run {
         true => rehearse(&source.chain, &args.out, &target, &watch),
@@ -133,6 +146,11 @@ fn usage(message: String) -> Error {
     Error::new(ErrorKind::Usage, message)
 }
 
+/// As many threads as there are processors, and at least eight: those that wait for the kernel leave theirs to others.
+fn copy_threads() -> Option<usize> {
+    std::thread::available_parallelism().ok().map(|n| n.get().max(8))
+}
+
 /// The source, which can be read to its end.
 fn open(path: &Path, args: &CopyArgs) -> Result<Source> {
     let options = SourceOptions {
@@ -203,5 +221,5 @@ fn target<'a>(
         return Ok(Target::Raw(preallocation));
     }
     options.backing = below.map(|b| b.named.clone());
-    Ok(Target::Qcow2(NewImage { options, below: below.map(|b| &b.source.chain), compress }))
+    Ok(Target::Qcow2(NewImage { options, below: below.map(|b| &b.source.chain), compress, bitmaps: None }))
 }

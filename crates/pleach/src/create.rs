@@ -56,6 +56,10 @@ pub(crate) fn run(args: &CreateArgs) -> Result<ExitCode> {
 
 /// What the options of a new image say, without its size and backing file.
 pub(crate) fn options(args: &LayoutArgs, image: &Path) -> Result<CreateOptions> {
+    if args.nocow {
+        return Err(Error::new(ErrorKind::Unsupported, "nocow is not supported")
+            .hint("on btrfs, chattr +C on the directory lets every new file in it have that attribute"));
+    }
     let smallest = if args.extended_l2 { 16 << 10 } else { 512 };
     let cluster = size::parse(&args.cluster_size)
         .filter(|c| c.is_power_of_two() && (smallest..=2 << 20).contains(c))

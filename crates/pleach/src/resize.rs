@@ -20,6 +20,7 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<ExitCode> {
     start_jobs(args.jobs)?;
     let mut image = Resizable::open(args)?;
     let (from, to) = (image.size(), wanted(&args.size, image.size())?);
+    image.check_preallocation(args, to)?;
     let dependents = dependents(args)?;
     let plan = Plan { path: &args.image, from, to, dependents: &dependents, exact: args.bytes };
     if to < from {
@@ -84,6 +85,29 @@ impl Resizable {
         }
     }
 
+    /// Refuses a kind of preallocation that this image does not get.
+    fn check_preallocation(&self, args: &ResizeArgs, to: u64) -> Result<()> {
+        let kind = args.preallocation.as_str();
+        if kind == "off" {
+            return Ok(());
+        }
+        if to < self.size() {
+            let text = "preallocation is for a disk that becomes longer";
+            return Err(Error::new(ErrorKind::Usage, text).at(&args.image));
+        }
+        match self {
+            Self::Raw(..) if kind == "metadata" => {
+                let text = "a raw image has no metadata: its preallocation is off, falloc or full";
+                Err(Error::new(ErrorKind::Usage, text).at(&args.image))
+            }
+            Self::Raw(..) => Ok(()),
+            Self::Qcow2(..) => {
+                let text = format!("resize with --preallocation {kind} of a qcow2 image is not supported");
+                Err(Error::new(ErrorKind::Unsupported, text).at(&args.image))
+            }
+        }
+    }
+
     /// Refuses, before anything is shown or asked, what cannot be done.
     fn check(&self, path: &Path, to: u64) -> Result<()> {
         match self {
@@ -103,12 +127,28 @@ impl Resizable {
                 let done = writer.resize(to).and_then(|()| writer.close());
                 done.map_err(|e| Error::image(path, e))
             }
-            Self::Raw(store, _) => store
-                .set_len(to)
+            Self::Raw(store, from) => lengthen(&**store, *from, to, &args.preallocation)
                 .and_then(|()| store.barrier())
                 .map_err(|e| Error::io("change the length of", path, e)),
         }
     }
+}
+
+/// Gives a raw image of `from` bytes its new length; one that becomes longer gets what `preallocation` says.
+fn lengthen(store: &dyn Store, from: u64, to: u64, preallocation: &str) -> std::io::Result<()> {
+    static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+    if to > from && preallocation != "off" {
+        // A full disk is noticed here, and the image is as it was.
+        store.reserve(from..to).inspect_err(|_| drop(store.set_len(from)))?;
+    }
+    store.set_len(to)?;
+    let mut at = from;
+    while preallocation == "full" && at < to {
+        let part = usize::try_from(to - at).unwrap_or(usize::MAX).min(ZEROS.len());
+        store.write_at(at, ZEROS.get(..part).unwrap_or(&ZEROS))?;
+        at += part as u64;
+    }
+    Ok(())
 }
 
 /// The size that is meant: absolute, or relative to the present one.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use pleach_format::RunKind;
 use pleach_image::Image;
 use pleach_store::{Access, Disk, RealDisk};
+use pleach_testkit::files::patch;
 use pleach_testkit::layers::{Layer, qcow2, raw};
 use pleach_testkit::mount::TinyFs;
 use pleach_testkit::oracle::{self, Format, check_clean, digest, hash_file, qemu_img, qemu_io, text};
@@ -172,6 +173,50 @@ fn mixed(work: &Path, mib: u64) -> PathBuf {
     }
     fs::write(&path, bytes).unwrap();
     path
+}
+
+/// As `qemu-img convert --bitmaps`: the same names, granularities, states and bits.
+#[test]
+fn bitmaps_are_copied_with_their_bits() {
+    let work = WorkDir::new("convert-bitmaps");
+    let (image, copy, theirs) = (work.join("i.qcow2"), work.join("c.qcow2"), work.join("t.qcow2"));
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", text(&image), "8M"]);
+    for (name, options) in [("fine", &["-g", "512"][..]), ("coarse", &["-g", "1M"]), ("off", &["--disable"])]
+    {
+        qemu_img(&[&["bitmap", "--add"], options, &[text(&image), name]].concat());
+    }
+    let writes = ["write -q -P 1 0 3k", "write -q -P 2 5M 70k", "write -q -z 7M 64k"].map(str::to_owned);
+    qemu_io(&image, Format::Qcow2, &writes);
+    qemu_img(&["bitmap", "--disable", text(&image), "coarse"]);
+    qemu_img(&["convert", "-q", "-O", "qcow2", "--bitmaps", text(&image), text(&theirs)]);
+    let bits = |path: &Path| {
+        let image = Image::open(RealDisk.open(path, Access::Read).unwrap()).unwrap();
+        let records = image.bitmaps().unwrap();
+        let all = records.iter().map(|r| {
+            let ranges = image.bitmap_bits(r).unwrap().ranges();
+            (String::from_utf8(r.name.clone()).unwrap(), r.flags, r.granularity_bits, ranges)
+        });
+        let mut all: Vec<_> = all.collect();
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        all
+    };
+    assert!(bits(&image).iter().filter(|b| !b.3.is_empty()).count() == 2);
+    for options in [&["--bitmaps"][..], &["--bitmaps", "-c", "--cluster-size", "512"]] {
+        convert(&image, &copy, options);
+        assert_eq!(bits(&copy), bits(&theirs), "{options:?}");
+        assert_eq!(bits(&copy), bits(&image), "{options:?}");
+        judge("bitmaps", &copy, Format::Qcow2, &digest(&image, Format::Qcow2));
+        fs::remove_file(&copy).unwrap();
+    }
+    // One that was not written back: its directory entry says that it is in use.
+    let bytes = fs::read(&image).unwrap();
+    let at = bytes.windows(4).rposition(|w| w == b"fine").unwrap();
+    patch(&image, u64::try_from(at - 24 + 15).unwrap(), &[3]);
+    let refused = Tool::new(PLEACH).run(&["convert", text(&image), text(&copy), "--bitmaps"]);
+    assert!(refused.code == Some(1) && refused.stderr.contains("fine") && !copy.exists(), "{refused}");
+    convert(&image, &copy, &["--bitmaps", "--skip-broken-bitmaps"]);
+    assert_eq!(bits(&copy).iter().map(|b| b.0.as_str()).collect::<Vec<_>>(), ["coarse", "off"]);
+    check_clean(&copy);
 }
 
 /// The compressed bytes of each compressed cluster, in guest order; the last sector of each may be another's.
@@ -339,7 +384,10 @@ fn what_cannot_be_done_is_refused_by_name_and_leaves_nothing() {
         ("a name that is taken", "a.raw", &["there", "-f", "raw"], 1, "there already"),
         ("no source", "missing", &["out"], 7, "cannot open"),
         ("encrypted", "luks.qcow2", &["out"], 8, "LUKS"),
-        ("bitmaps", "q.qcow2", &["out", "--bitmaps"], 8, "bitmaps"),
+        ("bitmaps of a raw image", "a.raw", &["out", "-f", "raw", "--bitmaps"], 8, "bitmaps"),
+        ("bitmaps, raw", "q.qcow2", &["out", "-O", "raw", "--bitmaps"], 2, "--bitmaps"),
+        ("bitmaps, version 2", "q.qcow2", &["out", "--compat", "v2", "--bitmaps"], 2, "version 2"),
+        ("no copy on write", "q.qcow2", &["out", "--nocow"], 8, "nocow"),
         ("no snapshot", "q.qcow2", &["out", "--snapshot", "x"], 7, "\"x\""),
         ("raw, compressed", "q.qcow2", &["out", "-O", "raw", "-c"], 2, "-c"),
         ("raw, clusters", "q.qcow2", &["out", "-O", "raw", "--cluster-size", "4k"], 2, "--cluster-size"),

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
 use pleach_testkit::oracle::{self, qemu_img, qemu_io, text};
 use pleach_testkit::{Format, Tool, WorkDir};
@@ -39,6 +40,28 @@ fn it_grows_and_shrinks_as_qemu_img_says() {
         qemu_io(&path, Format::Qcow2, &["read -q -P 7 0 1M", "read -q -P 0 1M 5M"]);
         oracle::check_clean(&path);
     }
+}
+
+#[test]
+fn the_new_part_of_a_raw_image_has_its_space_if_asked() {
+    let work = WorkDir::new("resize-raw");
+    let path = work.join("disk.raw");
+    let run = |more: &[&str]| Tool::new(PLEACH).run(&[&["resize", text(&path), "+1M"][..], more].concat());
+    let raw = |kind| run(&["-f", "raw", "--preallocation", kind]);
+    for kind in ["off", "falloc", "full"] {
+        fs::write(&path, [7; 65536]).unwrap();
+        assert_eq!(raw(kind).code, Some(0), "{kind}");
+        let bytes = fs::read(&path).unwrap();
+        assert!(
+            bytes.len() == 65536 + (1 << 20) && bytes[65535] == 7 && bytes[65536..].iter().all(|&b| b == 0)
+        );
+        let full = fs::metadata(&path).unwrap().blocks() * 512 >= 65536 + (1 << 20);
+        assert_eq!(full, kind != "off", "{kind}");
+    }
+    assert_eq!(raw("metadata").code, Some(2));
+    let path = image(&work, "i.qcow2", "cluster_size=4k", "1M");
+    let outcome = Tool::new(PLEACH).run(&["resize", text(&path), "+1M", "--preallocation", "falloc"]);
+    assert!(outcome.code == Some(8) && outcome.stderr.contains("falloc"), "{outcome}");
 }
 
 /// L1 tables longer than what one refcount block covers.

@@ -280,6 +280,11 @@ impl Batch {
         self.write_all(store).map_err(|source| ImageError::Io { what: "write the new file", source })
     }
 
+    /// One past the last byte that is written.
+    pub(crate) fn end(&self) -> u64 {
+        self.writes.iter().map(|w| w.offset + w.range.len() as u64).max().unwrap_or(0)
+    }
+
     fn write_all(&self, store: Option<&dyn Store>) -> std::io::Result<u64> {
         let mut written = 0;
         for write in &self.writes {

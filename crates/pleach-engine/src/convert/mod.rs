@@ -4,12 +4,15 @@
 //! everything goes, in guest order. So equal inputs give equal files for any number of threads.
 
 mod batch;
+mod bitmaps;
 pub(crate) mod extents;
 mod job;
 mod measure;
 mod space;
+mod write_back;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use pleach_format::NewHeader;
 use pleach_image::{Bulk, Chain, Compressor, CreateOptions, ImageError, Piecework, Preallocation};
@@ -18,9 +21,12 @@ use pleach_store::{Disk, NewFile, Store};
 use crate::scan::indexed;
 use crate::{Error, ErrorKind, Result, Watch};
 use batch::{Batch, Fill, Look};
+use bitmaps::Bitmaps;
 use extents::Extents;
 use job::Job;
+use write_back::WriteBack;
 
+pub use bitmaps::BrokenBitmaps;
 pub use measure::{Needed, measure_empty, measure_source};
 
 /// Zeros shorter than this are copied to raw files.
@@ -44,6 +50,8 @@ pub struct NewImage<'a> {
     pub below: Option<&'a Chain>,
     /// Compress clusters, at this level if one is said.
     pub compress: Option<Option<u32>>,
+    /// Copy the persistent bitmaps of the source's top image.
+    pub bitmaps: Option<BrokenBitmaps>,
 }
 
 /// What was made.
@@ -143,6 +151,7 @@ fn to_raw(
     store.set_len(size).map_err(io("make the file as long as the disk"))?;
     preallocate(store, size, preallocation).map_err(io("reserve the space of the file"))?;
     let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
+    let (back, put_out) = (WriteBack::new(store), AtomicU64::new(0));
     let written = job.run(
         || Batch::new(None),
         |_| Ok(()),
@@ -152,7 +161,10 @@ fn to_raw(
         },
         |batch| {
             batch.read(source)?;
-            batch.write(Some(store))
+            let written = batch.write(Some(store))?;
+            back.wrote(batch.end());
+            space::most(put_out.fetch_add(written, Ordering::Relaxed) + written, watch)?;
+            Ok(written)
         },
     )?;
     store.barrier().map_err(io("flush the file"))?;
@@ -168,6 +180,7 @@ fn to_qcow2(
     watch: &Watch,
 ) -> Result<Converted> {
     image.check()?;
+    let bitmaps = Bitmaps::of(source, image)?;
     // Also says that there is no such directory.
     let budget = space::free(disk, out)?;
     let (size, mut bulk) = (source.size(), image.bulk(source.size())?);
@@ -201,17 +214,24 @@ fn to_qcow2(
     let look = image.look(source, &bulk);
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
+    let back = WriteBack::new(data_store);
     let written = job.run(
         || Batch::new(image.compressor().ok().flatten()),
         |batch| batch.look(&look),
         |batch| {
             batch.place(&mut bulk, fill.as_mut(), &mut tables).map_err(wrap)?;
+            let apart = if data_partial.is_some() { bulk.data_bytes() } else { 0 };
+            space::most(bulk.used() + apart, watch).map_err(wrap)?;
             match budget {
                 Some(free) if bulk.used() > free => Err(space::none(out, bulk.used(), free)),
                 _ => Ok(()),
             }
         },
-        |batch| batch.write(Some(data_store)),
+        |batch| {
+            let written = batch.write(Some(data_store))?;
+            back.wrote(batch.end());
+            Ok(written)
+        },
     )?;
     if let Some(fill) = &mut fill {
         let end = bulk.geometry().clusters_for(size).0;
@@ -228,12 +248,17 @@ fn to_qcow2(
     store.write_at(0, &head).map_err(io("write the header"))?;
     // The image must be whole before it has its name, and its data file must be there before.
     store.barrier().map_err(io("flush the header"))?;
+    let mut file_size = finished.len;
+    if let Some(bitmaps) = bitmaps {
+        bitmaps.copy(partial.store(), out)?;
+        file_size = store.len().map_err(io("find the length of the file"))?;
+    }
     let published = match data_partial {
         Some(data) => NewFile::publish_both(data, partial),
         None => partial.publish(),
     };
     published.map_err(|e| Error::new_file(out, e))?;
-    Ok(Converted { virtual_size: size, file_size: finished.len, written })
+    Ok(Converted { virtual_size: size, file_size, written })
 }
 
 fn new_file<'a>(disk: &'a dyn Disk, path: &Path) -> Result<NewFile<'a>> {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use pleach_image::Chain;
+use pleach_image::{Chain, ImageError};
 use pleach_store::Disk;
 
 use super::RAW_GRAIN;
@@ -48,6 +48,18 @@ pub(super) fn check(disk: &dyn Disk, source: &Chain, out: &Path, most: u64, all:
         |_| Ok(0),
     )?;
     Ok(())
+}
+
+/// Refuses to go on once more is put out than was allowed.
+pub(super) fn most(bytes: u64, watch: &Watch) -> Result<(), ImageError> {
+    match watch.most_output() {
+        Some(most) if bytes > most => {
+            let what =
+                format!("the copy needs {bytes} bytes and more, and {most} were allowed (--max-output)");
+            Err(ImageError::Refused { what })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The error for a file that does not fit.

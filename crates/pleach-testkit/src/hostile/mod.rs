@@ -44,6 +44,8 @@ pub struct Case {
     pub slow: bool,
     /// Stock QEMU does not come back from it, or needs too much.
     pub hangs_qemu: bool,
+    /// What it claims is all there: whoever copies it must say how much may be put out.
+    pub amplifies: bool,
     make: Box<Make>,
 }
 
@@ -144,7 +146,7 @@ impl Case {
             make(dir);
             None
         };
-        Self { name, expect, slow: false, hangs_qemu: false, make: Box::new(make) }
+        Self { name, expect, slow: false, hangs_qemu: false, amplifies: false, make: Box::new(make) }
     }
 
     fn built(name: String, expect: Expect, build: impl Fn() -> Built + Send + Sync + 'static) -> Self {
@@ -153,11 +155,15 @@ impl Case {
             built.bytes.write(&dir.join(IMAGE));
             Some(built.digest)
         };
-        Self { name, expect, slow: false, hangs_qemu: false, make: Box::new(make) }
+        Self { name, expect, slow: false, hangs_qemu: false, amplifies: false, make: Box::new(make) }
     }
 
     fn slow(self) -> Self {
         Self { slow: true, hangs_qemu: true, ..self }
+    }
+
+    fn amplifies(self) -> Self {
+        Self { hangs_qemu: true, amplifies: true, ..self }
     }
 
     fn hangs_qemu(self) -> Self {
