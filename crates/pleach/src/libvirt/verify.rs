@@ -103,7 +103,7 @@ fn show(snapshots: &[Snapshot], domain: Option<&DomainDocument>, found: &[Findin
     }
     let count = |severity| found.iter().filter(|one| one.severity == severity).count();
     text.push_str(&format!(
-        "{} snapshots: {} ways to lose data, {} crashes, {} differences, {} refusals\n",
+        "snapshots: {}; ways to lose data: {}; crashes: {}; differences: {}; refusals: {}\n",
         snapshots.len(),
         count(Severity::Loss),
         count(Severity::Crash),
