@@ -54,7 +54,7 @@ fn stop(finding: crate::Finding) -> Result<(), ImageError> {
 }
 
 /// Most bytes of L1 tables that are read for all snapshots together: far more than disks have, and soon read.
-const MOST_L1_BYTES: u64 = 1 << 30;
+pub(crate) const MOST_L1_BYTES: u64 = 1 << 30;
 
 impl Image {
     /// The host clusters of each internal snapshot's data, VM state included: sorted, each once. Snapshots of one L1

@@ -7,6 +7,7 @@ use pleach_alloc::{Place, RefcountTable};
 use pleach_format::{BitmapCluster, BitmapTableEntry, ExtensionKind, HostOffset, L1Entry, Mapping};
 
 use super::zeroes::Zeroes;
+use crate::census::MOST_L1_BYTES;
 use crate::image::read_l1;
 use crate::spans::spans;
 use crate::workers::{collect, tables_a_piece};
@@ -88,10 +89,16 @@ pub(super) struct Layout {
     /// Refcount table entries a cluster.
     pub(super) per_table_cluster: u64,
     pub(super) cluster: u64,
+    /// Most clusters that the file may have.
+    pub(super) most: u64,
 }
 
-/// Each is known by a byte in memory.
+/// Most clusters of a file, each of which is known by a byte in memory.
 const MOST_CLUSTERS: u64 = 1 << 30;
+/// Files of up to so many clusters may be nearly empty.
+const SMALL: u64 = 1 << 26;
+/// In longer ones not fewer than one cluster in so many can be used.
+const SPARSE: u64 = 64;
 
 /// The L2 tables of all states, in order, and how many L1 entries lead to each.
 pub(super) fn all_tables(image: &Image) -> Result<Vec<(u64, u64)>, ImageError> {
@@ -103,7 +110,13 @@ pub(super) fn all_tables(image: &Image) -> Result<Vec<(u64, u64)>, ImageError> {
         Ok(())
     };
     add(image.l1())?;
+    let mut bytes = 0;
     for snapshot in image.snapshots()? {
+        bytes += u64::from(snapshot.l1_size) * 8;
+        if bytes > MOST_L1_BYTES {
+            let feature = "an image with more than 1 GiB of snapshot L1 tables";
+            return Err(ImageError::Unsupported { feature });
+        }
         let at = HostOffset(snapshot.l1_table_offset);
         add(&read_l1(&**image.store(), image.geometry(), at, snapshot.l1_size)?)?;
     }
@@ -122,6 +135,8 @@ impl Layout {
     ) -> Result<Self, ImageError> {
         let (g, header, version) = (image.geometry(), image.header(), image.header().version());
         let (place, store) = (Place::of(header), image.store());
+        let tables = all_tables(image)?;
+        let used = (tables.len() as u64).saturating_mul(g.l2_entries());
         let mut layout = Self {
             roles: Vec::new(),
             roots: Vec::new(),
@@ -130,6 +145,7 @@ impl Layout {
             per_block: place.width.per_block(g),
             per_table_cluster: g.cluster_size() / 8,
             cluster: g.cluster_size(),
+            most: used.saturating_mul(SPARSE).clamp(SMALL, MOST_CLUSTERS),
         };
         layout.mark(0, 1, Role::Fixed)?;
         let table = RefcountTable::load(&**store, place)?;
@@ -157,7 +173,6 @@ impl Layout {
         if header.extension(ExtensionKind::EncryptionHeader).is_some() || header.encryption().is_some() {
             return Err(ImageError::Unsupported { feature: "moving clusters of an encrypted image" });
         }
-        let tables = all_tables(image)?;
         for &(at, _) in &tables {
             layout.mark(g.host_cluster(HostOffset(at)).0, 1, Role::Table)?;
         }
@@ -245,8 +260,10 @@ impl Layout {
     fn mark(&mut self, first: u64, n: u64, role: Role) -> Result<(), ImageError> {
         let index = |c: u64| usize::try_from(c).unwrap_or(usize::MAX);
         let end = first.saturating_add(n);
-        if end > MOST_CLUSTERS {
-            return Err(ImageError::Unsupported { feature: "compacting a file of more than 2^30 clusters" });
+        if end > self.most {
+            let feature =
+                "compacting a file of more than 2^30 clusters, or of more than 2^26, nearly all of them free";
+            return Err(ImageError::Unsupported { feature });
         }
         if self.roles.len() < index(end) {
             self.roles.resize(index(end), Role::Free);

@@ -260,6 +260,7 @@ mod tests {
             per_block,
             per_table_cluster: 64,
             cluster,
+            most: 1 << 20,
         };
         let mut blocks = Vec::new();
         for number in 0..rng.between(5, 120) {
@@ -389,6 +390,7 @@ mod tests {
             per_block: 64,
             per_table_cluster: 64,
             cluster: 512,
+            most: 1 << 20,
         };
         let plan = Plan::of(&layout);
         assert_eq!((plan.end, plan.copied(512)), (5, 1));
