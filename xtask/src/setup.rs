@@ -73,13 +73,13 @@ fn install(packages: &[&str]) -> Result {
     if output(program("id").arg("-u"))?.trim() != "0" {
         return Err(format!(
             "missing packages; run this, then try again:\n  \
-             sudo apt-get update && sudo apt-get install -y --no-install-recommends {list}"
+             sudo apt-get update && sudo apt-get install -y --no-install-recommends --no-remove {list}"
         ));
     }
     println!("setup: installing {list}");
     run(program("apt-get").args(["update", "-q"]).env("DEBIAN_FRONTEND", "noninteractive"))?;
     run(program("apt-get")
-        .args(["install", "-q", "-y", "--no-install-recommends"])
+        .args(["install", "-q", "-y", "--no-install-recommends", "--no-remove"])
         .args(packages)
         .env("DEBIAN_FRONTEND", "noninteractive"))
 }
