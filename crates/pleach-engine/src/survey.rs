@@ -217,6 +217,25 @@ impl Survey {
         })
     }
 
+    /// Adds raw files that somebody names, each unless it was found or is a qcow2 image.
+    pub(crate) fn also_raw(&mut self, disk: &dyn Disk, paths: &[PathBuf]) {
+        let mut added = false;
+        for path in paths {
+            let stat = disk.stat(path).ok().filter(|s| s.kind == FileKind::Regular);
+            let Some(stat) = stat.filter(|s| !self.by_id.contains_key(&s.id)) else { continue };
+            match disk.open(path, Access::Read) {
+                Ok(store) if !is_qcow2(&*store) => {
+                    added |= self.add(path.clone(), stat, FileFormat::Raw, &*store, disk).is_some();
+                }
+                // A qcow2 image that is not there is among the broken ones.
+                _ => {}
+            }
+        }
+        if added {
+            self.link(disk);
+        }
+    }
+
     /// The files from `file` down to the root of its chain, `file` first.
     ///
     /// # Errors

@@ -176,7 +176,9 @@ impl Tree {
                 directories.push(dir);
             }
         }
-        let survey = Survey::of_directories(disk, &directories, trust)?;
+        let mut survey = Survey::of_directories(disk, &directories, trust)?;
+        let named: Vec<PathBuf> = catalog.record.files().into_iter().map(|f| catalog.path_of(f)).collect();
+        survey.also_raw(disk, &named);
         let Reconciled { differences, missing } =
             crate::reconcile::reconcile(disk, &survey, &mut catalog, seeds)?;
         let names = catalog.record.files().into_iter();

@@ -28,6 +28,8 @@ struct Picture<'a> {
     base: PathBuf,
     name: Option<String>,
     catalog: Option<&'a Tree>,
+    /// The node that the machine writes to, where a catalog says so.
+    head: Option<String>,
     measured: BTreeMap<NodeId, Sizes>,
     wrong: Vec<Error>,
 }
@@ -52,6 +54,7 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
         base: target.base.clone(),
         name,
         catalog: None,
+        head: None,
         measured: BTreeMap::new(),
         wrong: Vec::new(),
     };
@@ -71,6 +74,7 @@ fn run_trees(args: &TreeArgs, trees: &[Tree]) -> Result<ExitCode> {
             base: tree.catalog.base().to_owned(),
             name: Some(tree.name().to_owned()),
             catalog: Some(tree),
+            head: tree.head_name(),
             measured: BTreeMap::new(),
             wrong: Vec::new(),
         };
@@ -293,7 +297,7 @@ impl Picture<'_> {
         if node.kind == Kind::Head {
             notes.push("head".to_owned());
         }
-        if self.is_active(&node.name) {
+        if self.head.as_ref() == Some(&node.name) {
             notes.push("you are here".to_owned());
         }
         if lineage.current() == Some(id) {
@@ -303,11 +307,6 @@ impl Picture<'_> {
             notes.push("parent guessed from creation order".to_owned());
         }
         format!("{}  ({})", printable(&node.name), notes.join(", "))
-    }
-
-    /// Whether the node is what the machine writes to, as a catalog says.
-    fn is_active(&self, name: &str) -> bool {
-        self.catalog.is_some_and(|tree| tree.head_name().as_deref() == Some(name))
     }
 
     /// The tree for Graphviz.

@@ -7,8 +7,8 @@ use std::fs;
 
 use history::{History, PLEACH};
 use pleach_lineage::Record;
-use pleach_testkit::oracle::{info, qemu_img_in, text};
-use pleach_testkit::{Rng, Tool, WorkDir};
+use pleach_testkit::oracle::{digest, info, qemu_img_in, qemu_io, text};
+use pleach_testkit::{Format, Rng, Tool, WorkDir};
 
 /// A new tree with one disk, or two.
 fn tree(work: &WorkDir, disks: &[&str]) -> (History, Rng) {
@@ -222,7 +222,7 @@ fn images_that_nobody_recorded_are_kept() {
     let catalog = history.catalog.clone();
     history.pleach(&["revert", &catalog, "s1", "--discard", "--yes"]);
     let hand = history.dir.join("hand.qcow2");
-    assert_eq!(pleach_testkit::oracle::digest(&hand, pleach_testkit::Format::Qcow2), below);
+    assert_eq!(digest(&hand, Format::Qcow2), below);
     let tree = history.tree();
     assert_eq!(tree["current"], "s1");
     assert!(tree["nodes"].as_array().unwrap().iter().any(|n| n["name"] == "hand" && n["kind"] == "head"));
@@ -309,4 +309,31 @@ fn snapshots_made_elsewhere_are_adopted() {
     assert_eq!(found["trees"][0]["written"], true, "{found}");
     history.catalog = text(&history.dir.join(".pleach/vda.tree")).to_owned();
     history.check();
+}
+
+#[test]
+fn a_raw_disk_can_be_the_root() {
+    let work = WorkDir::new("defects");
+    let image = work.join("disk.img");
+    fs::write(&image, Rng::new(3).noise(1 << 20)).unwrap();
+    let raw = digest(&image, Format::Raw);
+    let dir = text(&work);
+    let run = |args: &[&str]| {
+        let outcome = Tool::new(PLEACH).run(args);
+        assert_eq!(outcome.code, Some(0), "{outcome}");
+    };
+    run(&["init", "vm", "--disk", &format!("vda={}", text(&image))]);
+    let inside = Tool::new(PLEACH).run(&["snapshot", dir, "no", "--internal"]);
+    assert_eq!(inside.code, Some(8), "{inside}");
+    run(&["snapshot", dir, "s1", "--file", "vda=a.qcow2"]);
+    qemu_io(&work.join("a.qcow2"), Format::Qcow2, &["write -q -P 9 64k 128k"]);
+    let first = digest(&work.join("a.qcow2"), Format::Qcow2);
+    run(&["snapshot", dir, "s2", "--file", "vda=b.qcow2"]);
+    run(&["revert", dir, "s1", "--discard", "--yes", "--file", "vda=c.qcow2"]);
+    assert_eq!(digest(&work.join("c.qcow2"), Format::Qcow2), raw);
+    assert!(!work.join("b.qcow2").exists());
+    run(&["delete", dir, "s1", "--yes"]);
+    assert!(!image.exists());
+    assert_eq!(digest(&work.join("a.qcow2"), Format::Qcow2), first);
+    assert_eq!(digest(&work.join("c.qcow2"), Format::Qcow2), raw);
 }
