@@ -17,7 +17,7 @@ mod snapshots;
 mod tests;
 mod undo;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pleach_alloc::Write;
@@ -146,7 +146,7 @@ fn plan_with(store: &Arc<dyn Store>, mode: RepairMode, unused_only: bool) -> Res
         actions: Vec::new(),
         rebuild: false,
         surplus_snapshots: false,
-        written_entries: BTreeSet::new(),
+        written_entries: Places::default(),
         copied: 0,
         untold: 0,
     };
@@ -241,6 +241,25 @@ fn forget_unknown(repairer: &mut Repairer) -> Result<(), ImageError> {
     Ok(())
 }
 
+/// Offsets of entries of 8 bytes: those that follow one another are kept as one range.
+#[derive(Debug, Default)]
+struct Places(BTreeMap<u64, u64>);
+
+impl Places {
+    fn insert(&mut self, place: u64) {
+        match self.0.range_mut(..=place).next_back() {
+            Some((_, end)) if *end >= place => *end = (*end).max(place + 8),
+            _ => {
+                self.0.insert(place, place + 8);
+            }
+        }
+    }
+
+    fn contains(&self, place: u64) -> bool {
+        self.0.range(..=place).next_back().is_some_and(|(_, &end)| place < end)
+    }
+}
+
 /// A repair that is being planned.
 #[derive(Debug)]
 pub(crate) struct Repairer {
@@ -251,7 +270,7 @@ pub(crate) struct Repairer {
     /// There are more snapshots than may be.
     surplus_snapshots: bool,
     /// Places of entries that lead to clusters of this repair.
-    written_entries: BTreeSet<u64>,
+    written_entries: Places,
     /// Bytes that were copied to separate what was shared.
     copied: u64,
     /// Changes that were not told one by one.

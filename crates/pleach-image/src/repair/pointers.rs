@@ -209,7 +209,7 @@ pub(crate) fn mend_l1(repairer: &mut Repairer) -> Result<(), ImageError> {
         let mut changes = Changes::default();
         for (slot, &entry) in (0..).zip(&table.entries) {
             let place = table.at + slot * 8;
-            if repairer.written_entries.contains(&place) {
+            if repairer.written_entries.contains(place) {
                 continue;
             }
             let Some((becomes, why)) = judge.l1(entry) else { continue };
@@ -280,7 +280,7 @@ pub(crate) fn mend_l2(repairer: &mut Repairer) -> Result<(), ImageError> {
         })?;
         for (slot, entry, verdict) in verdicts {
             let place = at + slot * g.l2_entry_bytes() as u64;
-            if repairer.written_entries.contains(&place) {
+            if repairer.written_entries.contains(place) {
                 continue;
             }
             let guest = (used.guest + slot * g.cluster_size(), g.cluster_size());
