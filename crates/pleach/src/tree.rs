@@ -306,7 +306,8 @@ impl Picture<'_> {
         if node.parent_guessed {
             notes.push("parent guessed from creation order".to_owned());
         }
-        format!("{}  ({})", printable(&node.name), notes.join(", "))
+        let name = printable(&node.name);
+        if notes.is_empty() { name } else { format!("{name}  ({})", notes.join(", ")) }
     }
 
     /// The tree for Graphviz.
