@@ -41,6 +41,23 @@ pub(crate) fn give_back(path: &Path, image: &Image) -> Result<u64> {
     Ok(leaks.len() as u64)
 }
 
+/// Makes the file long enough for every cluster that is counted: counts may be on the disk, and the growth of the file that
+/// they are for may be lost. True if it was too short.
+///
+/// # Errors
+/// A damaged refcount table, or what the system says.
+pub(crate) fn cover_counted(path: &Path, image: &Image) -> Result<bool> {
+    let store: &dyn Store = &**image.store();
+    let place = Place::of(image.header());
+    let allocator = Allocator::load(store, place).map_err(|e| Error::image(path, e.into()))?;
+    let counted = allocator.used_end().0.saturating_mul(image.geometry().cluster_size());
+    if counted <= image.file_len() {
+        return Ok(false);
+    }
+    store.set_len(counted).map_err(|e| Error::io("set the length of", path, e))?;
+    Ok(true)
+}
+
 /// Cuts clusters without a count off the end of the file.
 fn cut(path: &Path, image: &Image, allocator: &mut Allocator) -> Result<()> {
     let store: &dyn Store = &**image.store();

@@ -39,6 +39,7 @@ mod error;
 mod execute;
 pub mod family;
 mod files;
+mod fingerprint;
 pub mod import;
 pub mod internal;
 mod journal;
@@ -70,6 +71,7 @@ pub use delete::{
 pub use diff::{Changed, diff};
 pub use error::{Error, ErrorKind, Result};
 pub use execute::{Outcome, execute};
+pub use fingerprint::Fingerprint;
 pub use journal::{Intent, JournalImage, NewBacking, pending};
 pub use map::{Extent, map};
 pub use merge::prepare_merge;

@@ -53,6 +53,11 @@ impl OpenFiles {
         &self.entry(index).layer
     }
 
+    /// Every file, with its path.
+    pub(crate) fn all(&self) -> Vec<(&Path, &Layer)> {
+        self.layers.values().map(|file| (file.path.as_path(), &*file.layer)).collect()
+    }
+
     fn entry(&self, index: usize) -> &OpenFile {
         self.layers.get(&index).expect("opened with the others")
     }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use pleach_image::{Image, backing_path, read_head};
 use pleach_store::{Access, Disk, FileId, Role, Store};
@@ -11,7 +12,7 @@ use crate::execute::{drop_first_name, go_on, nobody_reads, second_name, switch_b
 use crate::journal::{
     Contents, Intent, Journal, JournalImage, NewBacking, STEPS, clear_unbegun, directory_of, pending,
 };
-use crate::leaks::give_back;
+use crate::leaks::{cover_counted, give_back};
 use crate::merge::{Run, plan_run};
 use crate::names::renamed;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
@@ -331,7 +332,13 @@ fn give_back_leaks_of(disk: &dyn Disk, path: &Path) -> Result<()> {
     let mut magic = [0; 4];
     store.read_at(0, &mut magic).map_err(|e| Error::io("read", path, e))?;
     if magic == *b"QFI\xfb" {
-        let image = Image::open(store).map_err(|e| Error::image(path, e))?;
+        let wrap = |e| Error::image(path, e);
+        let image = Image::open(Arc::clone(&store)).map_err(wrap)?;
+        let image = match cover_counted(path, &image)? {
+            // What is known of an open image is its length when it was opened.
+            true => Image::open(store).map_err(wrap)?,
+            false => image,
+        };
         give_back(path, &image)?;
     }
     Ok(())

@@ -1,6 +1,8 @@
 //! How an operation tells of its progress, and is told to stop.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Progress in bytes, shared by all workers.
 #[derive(Debug, Default)]
@@ -10,6 +12,9 @@ pub struct Watch {
     stop: AtomicBool,
     /// Bytes that may be put out.
     most: Option<u64>,
+    /// Bytes a second, if there is a limit.
+    limit: Option<u64>,
+    started: OnceLock<Instant>,
 }
 
 impl Watch {
@@ -30,14 +35,29 @@ impl Watch {
         self.most
     }
 
+    /// As [`new`](Self::new); work is held back so that no more than `limit` bytes a second are done.
+    pub fn limited(limit: Option<u64>) -> Self {
+        Self { limit: limit.filter(|limit| *limit > 0), ..Self::default() }
+    }
+
     /// More work is known.
     pub fn expect(&self, bytes: u64) {
         self.total.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Work is done.
+    /// Work is done; returns when more may be.
     pub fn advance(&self, bytes: u64) {
-        self.done.fetch_add(bytes, Ordering::Relaxed);
+        let started = *self.started.get_or_init(Instant::now);
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let Some(limit) = self.limit else { return };
+        let due = started + Duration::from_millis(done.saturating_mul(1000) / limit);
+        while !self.should_stop() {
+            let early = due.saturating_duration_since(Instant::now());
+            if early.is_zero() {
+                return;
+            }
+            std::thread::sleep(early.min(Duration::from_millis(100)));
+        }
     }
 
     /// Bytes done, bytes in all.

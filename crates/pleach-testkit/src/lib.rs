@@ -30,6 +30,7 @@ pub mod layers;
 pub mod mount;
 pub mod oracle;
 pub mod rng;
+pub mod sim;
 pub mod tool;
 pub mod trees;
 

@@ -7,6 +7,7 @@ use pleach_engine::{Error, ErrorKind, Prepared, Result, Watch, execute};
 use pleach_store::RealDisk;
 use serde_json::json;
 
+use crate::apply;
 use crate::args::ActArgs;
 use crate::confirm::confirm;
 use crate::delete::View;
@@ -24,7 +25,10 @@ pub(crate) fn start_jobs(jobs: Option<usize>) -> Result<()> {
 
 /// Shows a plan, or asks and carries it out, as `args` say.
 pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &ActArgs) -> Result<ExitCode> {
-    if args.dry_run {
+    if let Some(file) = &args.plan {
+        apply::save(file, view, &prepared)?;
+    }
+    if !args.changes() {
         if args.json {
             output::document(&json!({ "schema": 1, "plan": view.object(&prepared.plan, None) }));
         } else {
@@ -32,11 +36,14 @@ pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &ActArgs) -> 
         }
         return Ok(ExitCode::SUCCESS);
     }
+    if let Some(saved) = &args.expected {
+        saved.must_be(view, &prepared)?;
+    }
     if !args.yes {
         confirm(&view.text(&prepared.plan))?;
     }
     let plan = prepared.plan.clone();
-    let watch = Arc::new(Watch::new());
+    let watch = Arc::new(Watch::limited(args.bandwidth));
     let progress = Progress::start(Show::of(&args.progress), &watch);
     let outcome = execute(&RealDisk, view.survey, prepared, &watch);
     drop(progress);

@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Squash(SquashArgs),
     /// Give an image another backing file, or none; its content stays the same
     Rebase(RebaseArgs),
+    /// Carry out a plan that was saved with --plan, if nothing has changed since
+    Apply(ApplyArgs),
     /// Finish interrupted operations
     Resume(ResumeArgs),
     /// Take back interrupted operations that have not changed anything yet
@@ -688,6 +690,15 @@ pub(crate) struct ActArgs {
     /// Do it without asking
     #[arg(short, long)]
     pub(crate) yes: bool,
+    /// Save the plan in this new file, and stop; "pleach apply FILE" carries it out
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plan: Option<PathBuf>,
+    /// Copy no more than this many bytes a second, such as 50M
+    #[arg(long, value_name = "RATE", value_parser = size)]
+    pub(crate) bandwidth: Option<u64>,
+    /// The plan that this must be.
+    #[arg(skip)]
+    pub(crate) expected: Option<crate::apply::Saved>,
     /// Threads that copy; one a processor if left out
     #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<usize>,
@@ -697,6 +708,48 @@ pub(crate) struct ActArgs {
     /// Print exact sizes
     #[arg(long)]
     pub(crate) bytes: bool,
+    /// Print one JSON document
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl ActArgs {
+    /// Whether anything is to be changed.
+    pub(crate) fn changes(&self) -> bool {
+        !self.dry_run && self.plan.is_none()
+    }
+}
+
+impl Command {
+    /// How the plan of this command is carried out, if it has one that can be saved.
+    pub(crate) fn act(&mut self) -> Option<&mut ActArgs> {
+        match self {
+            Self::Delete(args) => Some(&mut args.act),
+            Self::Merge(args) => Some(&mut args.act),
+            Self::Squash(args) => Some(&mut args.act),
+            Self::Rebase(args) => Some(&mut args.act),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArgs {
+    /// The saved plan
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// For scripts; a saved plan needs no further word
+    #[arg(short, long)]
+    yes: bool,
+    /// Copy no more than this many bytes a second, such as 50M
+    #[arg(long, value_name = "RATE", value_parser = size)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Threads that copy; one a processor if left out
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
+    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
+    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
+    pub(crate) progress: String,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
@@ -801,6 +854,12 @@ pub(crate) fn parse() -> Result<Command, Failure> {
             json: std::env::args_os().any(|a| a == "--json"),
         },
     })
+}
+
+/// Reads the words of a saved plan.
+pub(crate) fn parse_words(words: &[String]) -> Option<Command> {
+    let program = std::iter::once("pleach");
+    Cli::try_parse_from(program.chain(words.iter().map(String::as_str))).ok().map(|cli| cli.command)
 }
 
 fn format(text: &str) -> Result<FileFormat, String> {

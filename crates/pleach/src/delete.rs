@@ -41,7 +41,7 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
         keep: args.keep.clone(),
         whole_tree: args.yes_everything,
     };
-    let prepared = prepare(&RealDisk, &survey, &family, &request, !args.act.dry_run)?;
+    let prepared = prepare(&RealDisk, &survey, &family, &request, args.act.changes())?;
     let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Delete };
     carry_out(&view, prepared, &args.act)
 }

@@ -44,6 +44,10 @@ pub(crate) fn carry_out(
     said: &Said<'_>,
 ) -> Result<ExitCode> {
     start_jobs(args.jobs)?;
+    if args.plan.is_some() {
+        let text = "plans for trees with a catalog cannot be saved";
+        return Err(Error::new(ErrorKind::Unsupported, text).hint("-n shows the plan"));
+    }
     let view = JobView { tree, job: &job, bytes: args.bytes };
     for difference in &tree.differences {
         eprintln!("note: {difference}");
@@ -67,7 +71,7 @@ pub(crate) fn carry_out(
     let text = view.what();
     let removed = job.bytes_removed;
     let figures = !job.merges.is_empty() || removed > 0;
-    let watch = Arc::new(Watch::new());
+    let watch = Arc::new(Watch::limited(args.bandwidth));
     let progress = Progress::start(Show::of(&args.progress), &watch);
     let outcome = job.run(&RealDisk, &watch);
     drop(progress);

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod act;
+mod apply;
 mod args;
 mod bitmap;
 mod check;
@@ -33,6 +34,7 @@ mod tree;
 use std::process::ExitCode;
 
 use args::{Command, Failure};
+use pleach_engine::Result;
 
 fn main() -> ExitCode {
     let command = match args::parse() {
@@ -43,7 +45,16 @@ fn main() -> ExitCode {
         }
         Err(Failure::Usage { text, json }) => return output::usage(&text, json),
     };
-    let (json, result) = match command {
+    let (json, result) = run(command);
+    match result {
+        Ok(code) => code,
+        Err(error) => output::failure(&error, json),
+    }
+}
+
+/// Whether JSON is wanted, and what became of a command.
+fn run(command: Command) -> (bool, Result<ExitCode>) {
+    match command {
         Command::Tree(args) => (args.json, tree::run(&args)),
         Command::Init(args) => (args.json, snapshots::init(&args)),
         Command::Snapshot(args) => (args.run.act.json, snapshots::snapshot(&args)),
@@ -72,12 +83,9 @@ fn main() -> ExitCode {
         Command::Resume(args) => (args.json, resume::run(&args)),
         Command::Undo(args) => (args.json, resume::take_back(&args)),
         Command::Demo(args) => (false, demo::run(&args)),
+        Command::Apply(args) => (args.json, apply::run(&args)),
         Command::Libvirt(args) => (args.json, libvirt::run(&args)),
         Command::Completions { shell } => (false, describe::completions(shell)),
         Command::Man { directory } => (false, describe::manual(&directory)),
-    };
-    match result {
-        Ok(code) => code,
-        Err(error) => output::failure(&error, json),
     }
 }

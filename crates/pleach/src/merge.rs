@@ -57,7 +57,7 @@ fn merge(
             survey.also_directory(&RealDisk, &home)?;
         }
     }
-    let prepared = prepare_merge(&RealDisk, survey, run, keep, !act.dry_run)?;
+    let prepared = prepare_merge(&RealDisk, survey, run, keep, act.changes())?;
     let view = View { survey, base: &target.base, bytes: act.bytes, verb: Verb::Merge };
     carry_out(&view, prepared, act)
 }

@@ -29,7 +29,7 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode> {
         Some(base) => Some(onto(args, &mut survey, image, base)?),
     };
     let request = RebaseRequest { image, onto, unchecked: args.unchecked };
-    let prepared = prepare_rebase(&RealDisk, &survey, &request, !args.act.dry_run)?;
+    let prepared = prepare_rebase(&RealDisk, &survey, &request, args.act.changes())?;
     let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Rebase };
     carry_out(&view, prepared, &args.act)
 }
