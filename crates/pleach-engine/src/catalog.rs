@@ -28,8 +28,8 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use pleach_image::escape;
-use pleach_lineage::{Record, RecordError};
-use pleach_store::{Access, Disk};
+use pleach_lineage::{Kind, Record, RecordError, Storage};
+use pleach_store::{Access, Disk, FileId};
 
 use crate::journal::{DIRECTORY, directory_of, encoded};
 use crate::{Error, ErrorKind, Result};
@@ -208,6 +208,42 @@ impl Catalog {
         let real = real.join(path.file_name().unwrap_or_default());
         Ok(encoded::text(real.strip_prefix(&self.base).unwrap_or(&real)))
     }
+}
+
+/// What a catalog keeps in an image as a state of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// The catalog.
+    pub catalog: PathBuf,
+    /// The node, or the disk whose active image it is, in words.
+    pub what: String,
+    /// Whether it is a snapshot, which must not change any more.
+    pub frozen: bool,
+}
+
+/// What the catalogs of the directory `images` keep in the active state of the image `file`.
+///
+/// # Errors
+/// A catalog that cannot be read: it may keep anything there.
+pub fn kept_in(disk: &dyn Disk, images: &Path, file: FileId) -> Result<Vec<Kept>> {
+    let mut found = Vec::new();
+    for path in Catalog::list(disk, images)? {
+        let catalog = Catalog::load(disk, &path)?;
+        let is = |name: &str| disk.stat(&catalog.path_of(name)).is_ok_and(|stat| stat.id == file);
+        let mut keep = |what: String, frozen| found.push(Kept { catalog: path.clone(), what, frozen });
+        for node in &catalog.record.nodes {
+            let external = |s: &Storage| matches!(s, Storage::External { file } if is(file));
+            if node.storage.iter().any(|(_, storage)| external(storage)) {
+                keep(format!("\"{}\"", escape(node.name.as_bytes())), node.kind == Kind::Snapshot);
+            }
+        }
+        for active in &catalog.record.disks {
+            if active.active.as_deref().is_some_and(is) {
+                keep(format!("the active image of \"{}\"", escape(active.name.as_bytes())), false);
+            }
+        }
+    }
+    Ok(found)
 }
 
 /// Puts `bytes` in place of the file at `path`, or makes it: whole or not at all, and durable when this returns.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pleach_image::escape;
 use pleach_store::{Disk, FileId, Role};
 
+use crate::catalog::kept_in;
 use crate::delete::{
     Decided, DeletePlan, Keep, Naming, Planner, Prepared, refuse_journals, refuse_other_names,
     refuse_unknown_readers, role, stays_inside, still_read,
@@ -61,12 +62,29 @@ pub fn prepare_merge(
 ) -> Result<Prepared> {
     refuse_journals(disk, survey)?;
     let run = Run::of(survey, top, base)?;
+    refuse_catalogued(disk, survey, &run)?;
     let mut prepared = plan_run(disk, survey, &run, keep, &Decided::default(), change)?;
     if !change {
         rehearse(survey, &prepared.plan, &prepared.open)?;
     }
     prepared.plan.bytes_freed = prepared.plan.frees(survey);
     Ok(prepared)
+}
+
+/// A catalog would go on to name a state that is gone, or find another content under its name.
+fn refuse_catalogued(disk: &dyn Disk, survey: &Survey, run: &Run) -> Result<()> {
+    for index in [run.top].into_iter().chain(run.lower()) {
+        let Some(file) = survey.files.get(index) else { continue };
+        for dir in &survey.directories {
+            if let Some(kept) = kept_in(disk, dir, file.stat.id)?.first() {
+                let text = format!("the catalog \"{}\" keeps {} in it", kept.catalog.display(), kept.what);
+                return Err(Error::new(ErrorKind::Refused, text).at(&file.path).hint(
+                    "`pleach delete` merges a node into those that stand on it, and tells the catalog",
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Plans a merge, or what is left of one that was decided on.

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use pleach_engine::catalog::kept_in;
 use pleach_engine::survey::{FileFormat, Survey};
 use pleach_engine::{Error, ErrorKind, Result, SourceOptions, open_writer};
 use pleach_image::ImageError;
@@ -21,6 +22,7 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<ExitCode> {
     let mut image = Resizable::open(args)?;
     let (from, to) = (image.size(), wanted(&args.size, image.size())?);
     image.check_preallocation(args, to)?;
+    refuse_frozen(&args.image)?;
     let dependents = dependents(args)?;
     let plan = Plan { path: &args.image, from, to, dependents: &dependents, exact: args.bytes };
     if to < from {
@@ -52,6 +54,19 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<ExitCode> {
     image.resize(args, to)?;
     plan.show(args.json, "resized");
     Ok(ExitCode::SUCCESS)
+}
+
+/// A snapshot that a catalog names must read as it does, its size included.
+fn refuse_frozen(image: &Path) -> Result<()> {
+    let id = RealDisk.stat(image).map_err(|e| Error::io("find", image, e))?.id;
+    let kept = kept_in(&RealDisk, &directory(image), id)?;
+    match kept.iter().find(|kept| kept.frozen) {
+        None => Ok(()),
+        Some(kept) => {
+            let text = format!("it is the snapshot {} of \"{}\"", kept.what, kept.catalog.display());
+            Err(Error::new(ErrorKind::Refused, text).at(image).hint("resize the active image of the tree"))
+        }
+    }
 }
 
 /// An open image of either format.

@@ -4,11 +4,16 @@
 mod history;
 
 use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use history::{History, PLEACH};
 use pleach_lineage::Record;
+use pleach_testkit::files::listing;
 use pleach_testkit::oracle::{digest, info, qemu_img_in, qemu_io, text};
-use pleach_testkit::{Format, Rng, Tool, WorkDir};
+use pleach_testkit::tool::Running;
+use pleach_testkit::{Format, Outcome, Rng, Tool, WorkDir};
 
 /// A new tree with one disk, or two.
 fn tree(work: &WorkDir, disks: &[&str]) -> (History, Rng) {
@@ -336,4 +341,55 @@ fn a_raw_disk_can_be_the_root() {
     assert!(!image.exists());
     assert_eq!(digest(&work.join("a.qcow2"), Format::Qcow2), first);
     assert_eq!(digest(&work.join("c.qcow2"), Format::Qcow2), raw);
+}
+
+fn run_in(dir: &Path, args: &[&str]) -> Outcome {
+    let mut command = Command::new(PLEACH);
+    command.current_dir(dir).args(args);
+    Running::start(command).finish(Duration::from_secs(60))
+}
+
+/// A merge by file names would leave a catalog that names what is gone, or finds another content under its name.
+#[test]
+fn what_a_catalog_keeps_is_changed_by_its_verbs_alone() {
+    let work = WorkDir::new("kept");
+    let dir = &*work;
+    qemu_img_in(dir, &["create", "-q", "-f", "qcow2", "d.qcow2", "2M"]);
+    let pleach = |args: &[&str]| run_in(dir, args);
+    assert_eq!(pleach(&["init", "vm", "--disk", "vda=d.qcow2"]).code, Some(0));
+    for (name, file) in [("A", "d.qcow2"), ("B", "d.A.qcow2"), ("C", "d.B.qcow2")] {
+        qemu_io(&dir.join(file), Format::Qcow2, &["write -q -P 1 0 64k"]);
+        assert_eq!(pleach(&["snapshot", ".", name]).code, Some(0), "{name}");
+    }
+    let before = listing(dir);
+    let refused: [&[&str]; 5] = [
+        &["merge", "d.B.qcow2", "--into", "d.A.qcow2", "-y"],
+        &["merge", "d.C.qcow2", "--into", "d.B.qcow2", "-y"],
+        &["merge", "d.C.qcow2", "--into", "d.B.qcow2", "-n"],
+        &["squash", ".", "d.A", "d.B", "-y"],
+        &["resize", "d.B.qcow2", "3M", "-y"],
+    ];
+    for args in refused {
+        let outcome = pleach(args);
+        assert_eq!(outcome.code, Some(6), "{outcome}");
+        assert!(outcome.stderr.contains("vm.tree"), "{outcome}");
+    }
+    assert_eq!(listing(dir), before);
+    assert_eq!(pleach(&["resize", "d.C.qcow2", "3M"]).code, Some(0));
+}
+
+/// Nothing would say of a raw file that nothing stands on that it is raw: its first bytes are a guest's.
+#[test]
+fn a_raw_file_does_not_become_the_active_image() {
+    let work = WorkDir::new("raw-head");
+    let dir = &*work;
+    qemu_img_in(dir, &["create", "-q", "-f", "raw", "b.raw", "1M"]);
+    qemu_img_in(dir, &["create", "-q", "-f", "qcow2", "-b", "b.raw", "-F", "raw", "d.qcow2"]);
+    let pleach = |args: &[&str]| run_in(dir, args);
+    assert_eq!(pleach(&["init", "vm", "--disk", "vda=d.qcow2"]).code, Some(0));
+    let before = listing(dir);
+    let outcome = pleach(&["delete", ".", "b", "--keep", "parent", "-y"]);
+    assert_eq!(outcome.code, Some(8), "{outcome}");
+    assert_eq!(listing(dir), before);
+    assert_eq!(pleach(&["delete", ".", "b", "-y"]).code, Some(0));
 }

@@ -13,7 +13,7 @@ use crate::execute::rehearse;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
 use crate::reconcile::quoted;
 use crate::steps::Step;
-use crate::survey::Backing;
+use crate::survey::{Backing, FileFormat};
 use crate::tree::Tree;
 use crate::{Error, ErrorKind, Result};
 
@@ -178,6 +178,16 @@ fn merge(draft: &mut Draft<'_>, file: usize, keep: &Keep) -> Result<()> {
     let victim = draft.image(file)?;
     let dependents = entry.dependents.iter().map(|&d| draft.image(d)).collect::<Result<Vec<_>>>()?;
     let naming = plan.single.as_ref().map(|(_, _, naming)| naming.clone());
+    if let Some(Naming::KeepVictimsName { reader, .. }) = &naming
+        && entry.format == FileFormat::Raw
+        && draft.entry(*reader)?.dependents.is_empty()
+    {
+        // Nothing would say any more that it is raw, and its first bytes are a guest's.
+        let text = "a raw file that nothing stands on cannot be a node of a catalog";
+        return Err(Error::new(ErrorKind::Unsupported, text)
+            .at(&entry.path)
+            .hint("without --keep parent the data are merged into the image above"));
+    }
     let heir = match naming {
         Some(Naming::TakeVictimsName { reader, .. } | Naming::KeepVictimsName { reader, .. }) => {
             let old = draft.tree.catalog.name_of(draft.disk, &draft.entry(reader)?.path)?;
