@@ -102,6 +102,18 @@ impl<'a> Look<'a> {
     fn resolve(&mut self) {
         let mut nodes = std::mem::take(&mut self.record().nodes);
         let mut tables: BTreeMap<usize, Inside> = BTreeMap::new();
+        // What a node names by id and name is no other node's under another name.
+        let mut exact: BTreeSet<(usize, usize)> = BTreeSet::new();
+        for storage in nodes.iter().flat_map(|n| &n.storage).map(|(_, s)| s) {
+            if let Storage::Internal { snapshot, id, .. } = storage
+                && let Some(file) = self.names.get(storage.file()).copied().flatten()
+            {
+                let known = tables
+                    .entry(file)
+                    .or_insert_with(|| self.survey.files.get(file).map(Inside::of).unwrap_or_default());
+                exact.extend(known.find(id, snapshot).map(|at| (file, at)));
+            }
+        }
         for node in &mut nodes {
             self.taken.insert(node.name.clone());
             for (disk, storage) in &mut node.storage {
@@ -125,7 +137,10 @@ impl<'a> Look<'a> {
                         let known = tables.entry(file).or_insert_with(|| {
                             self.survey.files.get(file).map(Inside::of).unwrap_or_default()
                         });
-                        let at = known.find_like(id, snapshot);
+                        let at = known.find(id, snapshot).or_else(|| {
+                            let like = known.find_like((id, snapshot), node.created, table);
+                            like.filter(|&at| !exact.contains(&(file, at)))
+                        });
                         let Some(at) = at else {
                             let what = format!("snapshot \"{snapshot}\" in \"{}\"", escape(shown.as_bytes()));
                             self.lost(Some(&node.name), disk, what);

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
+use pleach_format::SnapshotRecord;
 use pleach_image::escape;
 use pleach_lineage::{DiskRecord, Kind, Lineage, Node, NodeId, Record, Storage};
 use pleach_store::{Disk, FileId};
@@ -63,11 +64,22 @@ impl Inside {
         self.by_both.get(&(id.to_owned(), name.to_owned())).copied()
     }
 
-    /// The same; else the only one of that name; else the only one with that id.
-    pub(crate) fn find_like(&self, id: &str, name: &str) -> Option<usize> {
-        let by_name = || self.by_name.get(name).copied().flatten();
+    /// The same; else the one of `table` that has another id or name since, and is the same by the date `created`. QEMU gives
+    /// ids again, so that one with only the id, or only the name, is another snapshot. Another name needs a date without a
+    /// fraction of a second, as snapshots taken here have: those of QEMU, which renames none, have one.
+    pub(crate) fn find_like(
+        &self,
+        (id, name): (&str, &str),
+        created: Option<i64>,
+        table: &[SnapshotRecord],
+    ) -> Option<usize> {
+        let dated = |at: &usize| table.get(*at).filter(|s| created == Some(s.date_seconds.into()));
+        let by_name = self.by_name.get(name).copied().flatten();
+        // A record that knows no id goes by the name.
+        let by_name = by_name.filter(|at| id.is_empty() || dated(at).is_some());
         let by_id = || self.by_id.get(id).copied().flatten();
-        self.find(id, name).or_else(by_name).or_else(by_id)
+        let renamed = || by_id().filter(|at| dated(at).is_some_and(|s| s.date_nanoseconds == 0));
+        self.find(id, name).or(by_name).or_else(renamed)
     }
 }
 

@@ -393,3 +393,38 @@ fn a_raw_file_does_not_become_the_active_image() {
     assert_eq!(listing(dir), before);
     assert_eq!(pleach(&["delete", ".", "b", "-y"]).code, Some(0));
 }
+
+/// QEMU gives the ids of deleted snapshots again.
+#[test]
+fn an_id_that_was_given_again_is_another_snapshot() {
+    let work = WorkDir::new("defects");
+    for ours in [false, true] {
+        let name = if ours { "b.qcow2" } else { "a.qcow2" };
+        let dir = work.join(name.trim_end_matches(".qcow2"));
+        fs::create_dir(&dir).unwrap();
+        let image = dir.join(name);
+        qemu_img_in(&dir, &["create", "-q", "-f", "qcow2", name, "1M"]);
+        qemu_io(&image, Format::Qcow2, &["write -q -P 1 0 64k"]);
+        let run = |args: &[&str]| Tool::new(PLEACH).run(args);
+        assert_eq!(run(&["snapshot", text(&image), "--internal", "old"]).code, Some(0));
+        qemu_img_in(&dir, &["snapshot", "-d", "old", name]);
+        qemu_io(&image, Format::Qcow2, &["write -q -P 2 0 64k"]);
+        if ours {
+            let taken = run(&["snapshot", text(&image), "--internal", "new"]);
+            assert_eq!(taken.code, Some(0), "{taken}");
+        } else {
+            qemu_img_in(&dir, &["snapshot", "-c", "new", name]);
+        }
+        let before = digest(&image, Format::Qcow2);
+        let revert = run(&["revert", "--discard", "--yes", text(&image), "old"]);
+        assert_eq!(revert.code, Some(7), "{revert}");
+        assert_eq!(digest(&image, Format::Qcow2), before);
+        for (gone, left) in [("old", 1), ("new", 0)] {
+            let outcome = run(&["delete", "--yes", text(&image), gone]);
+            assert_eq!(outcome.code, Some(0), "{outcome}");
+            let snapshots = info(&image)["snapshots"].as_array().map_or(0, Vec::len);
+            assert_eq!(snapshots, left, "{outcome}");
+            assert_eq!(digest(&image, Format::Qcow2), before);
+        }
+    }
+}
