@@ -4,8 +4,9 @@ use std::path::Path;
 
 use pleach_alloc::{Allocator, Place};
 use pleach_image::{Image, copied_repairs, leaked};
-use pleach_store::Store;
+use pleach_store::{Disk, Store};
 
+use crate::source::{open_locked, open_writer_alone};
 use crate::{Error, Result};
 
 /// Lowers the counts of every cluster that nothing refers to, and cuts the file behind the last one in use. Returns
@@ -39,6 +40,21 @@ pub(crate) fn give_back(path: &Path, image: &Image) -> Result<u64> {
     }
     cut(path, image, &mut allocator)?;
     Ok(leaks.len() as u64)
+}
+
+/// Repairs the image at `path` if it is marked dirty, then gives back what leaked and lets COPIED flags fit. An image
+/// without damage is not written to.
+///
+/// # Errors
+/// As [`open_writer_alone`] and [`give_back`].
+pub(crate) fn mend(disk: &dyn Disk, path: &Path) -> Result<()> {
+    open_writer_alone(disk, path)?.close().map_err(|e| Error::image(path, e))?;
+    let wrap = |e| Error::image(path, e);
+    let image = Image::open(open_locked(disk, path)?).map_err(wrap)?;
+    if !leaked(&image).map_err(wrap)?.is_empty() || !copied_repairs(&image).map_err(wrap)?.is_empty() {
+        give_back(path, &image)?;
+    }
+    Ok(())
 }
 
 /// Makes the file long enough for every cluster that is counted: counts may be on the disk, and the growth of the file that

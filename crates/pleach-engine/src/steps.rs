@@ -18,6 +18,7 @@ use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{execute, nobody_reads};
 use crate::internal::Internal;
 use crate::journal::{JournalImage, STEPS, directory_of, encoded};
+use crate::leaks::mend;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
 use crate::source::{Source, SourceOptions};
 use crate::survey::{Backing, FileFormat, Survey, Trust};
@@ -403,8 +404,12 @@ struct OpenSteps<'a> {
 
 impl OpenSteps<'_> {
     /// Does what is left. With `again` the first of it may have been done, or half done.
-    fn go_on(&mut self, watch: &Watch, mut again: bool) -> Result<Outcome> {
+    fn go_on(&mut self, watch: &Watch, resumed: bool) -> Result<Outcome> {
         let mut total = Outcome::default();
+        let mut again = resumed;
+        if resumed {
+            self.mend()?;
+        }
         while let Some(step) = self.steps.steps.get(self.steps.done).cloned() {
             if watch.should_stop() {
                 return Err(Error::new(ErrorKind::Interrupted, "interrupted"));
@@ -421,13 +426,38 @@ impl OpenSteps<'_> {
                 replace(self.disk, self.path, self.steps.encode(self.base)?.as_bytes())?;
             }
         }
+        if resumed {
+            // A step that was half done may have left counts behind when it was done again.
+            self.mend()?;
+        }
         Ok(total)
+    }
+
+    /// The steps that are done, and the one that may be half done.
+    fn begun(&self) -> &[Step] {
+        self.steps.steps.get(..=self.steps.done).unwrap_or(&self.steps.steps)
+    }
+
+    /// Puts in order the counts and flags of images inside which a step may have stopped half-way. An image without
+    /// damage is not written to.
+    fn mend(&self) -> Result<()> {
+        for step in self.begun() {
+            if let Step::Take { inner, .. }
+            | Step::Apply { inner }
+            | Step::Drop { inner }
+            | Step::Relabel { inner, .. } = step
+                && here(self.disk, &inner.image)
+            {
+                mend(self.disk, &inner.image.path)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes away what was made, last first.
     fn take_back(&mut self) -> Result<()> {
         let disk = self.disk;
-        let begun = self.steps.steps.get(..=self.steps.done).unwrap_or(&self.steps.steps);
+        let begun = self.begun();
         let (made, next) = match begun.split_last() {
             Some((next, made)) if begun.len() > self.steps.done => (made, Some(next)),
             _ => (begun, None),
@@ -449,6 +479,7 @@ impl OpenSteps<'_> {
                 .at(self.path)
                 .hint(format!("finish it: pleach resume {}", self.base.display())));
         }
+        self.mend()?;
         for step in begun.iter().rev() {
             match step {
                 Step::Overlay { new } | Step::Copy { new, .. } if disk.stat(&new.path).is_ok() => {

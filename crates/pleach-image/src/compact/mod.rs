@@ -10,7 +10,7 @@ mod zeroes;
 
 use std::sync::Arc;
 
-use pleach_alloc::{Census, Discrepancy};
+use pleach_alloc::{Allocator, Census, Discrepancy, Place};
 use pleach_format::Incompatible;
 use pleach_store::Store;
 
@@ -131,18 +131,23 @@ fn give_back(mover: &Mover<'_>, image: &Image, leaks: &[Discrepancy]) -> Result<
     if leaks.is_empty() {
         return Ok(());
     }
+    let store = &**mover.store;
+    let mut allocator = Allocator::load(store, Place::of(image.header()))?;
     let mut census = Census::new();
-    let mut rest = leaks.to_vec();
-    // A count that is wrong by more than a census holds is lowered in steps.
-    while !rest.is_empty() {
-        for leak in &mut rest {
-            let by = (leak.stored - leak.references).min(u32::MAX.into());
-            census.add(leak.cluster, by);
-            leak.stored -= by;
+    for leak in leaks {
+        match u32::try_from(leak.stored - leak.references) {
+            Ok(by) => census.add(leak.cluster, by.into()),
+            // More than a census holds: one too many is left for it.
+            Err(_) => {
+                allocator.set_count(leak.cluster, leak.references + 1)?;
+                census.add(leak.cluster, 1);
+            }
         }
-        mover.lower(&std::mem::take(&mut census))?;
-        rest.retain(Discrepancy::is_leak);
     }
+    for write in allocator.take_writes().counts {
+        store.write_at(write.offset.0, &write.bytes).map_err(ImageError::io("write refcounts"))?;
+    }
+    mover.lower(&census)?;
     for write in copied_repairs(image)? {
         let io = ImageError::io("write pointers");
         mover.store.write_at(write.offset.0, &write.bytes).map_err(io)?;
