@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use pleach_testkit::files::patch;
 use pleach_testkit::oracle::{self, Digest, check, check_clean, qemu_img, qemu_io, text};
 use pleach_testkit::{Format, Tool, WorkDir};
 
@@ -55,6 +56,24 @@ fn the_size_is_as_predicted_and_nothing_else_changes() {
             assert_eq!(oracle::info(&path)["format-specific"]["data"]["bitmaps"], bitmaps, "{options}");
         }
     }
+}
+
+/// A count of 64 bits may be wrong by more than can be counted down.
+#[test]
+fn a_huge_count_of_a_leaked_cluster_is_lowered_at_once() {
+    let work = WorkDir::new("compact");
+    let path = work.join("image.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "refcount_bits=64", text(&path), "4M"]);
+    qemu_io(&path, Format::Qcow2, &["write -q -P 1 0 256k", "write -q -P 2 1M 64k"]);
+    let before = oracle::digest(&path, Format::Qcow2);
+    // Behind the last cluster in use, in the only refcount block.
+    let last = fs::metadata(&path).unwrap().len() / (64 << 10);
+    fs::File::options().write(true).open(&path).unwrap().set_len((last + 1) * (64 << 10)).unwrap();
+    patch(&path, (2 << 16) + 8 * last, &[0x80, 0, 0, 0, 0, 0, 0, 3]);
+    Tool::new(PLEACH).succeed(&["compact", "-y", text(&path)]);
+    check_clean(&path);
+    assert_eq!(fs::metadata(&path).unwrap().len(), last * (64 << 10));
+    assert_eq!(oracle::digest(&path, Format::Qcow2), before);
 }
 
 #[test]
