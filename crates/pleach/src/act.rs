@@ -12,7 +12,7 @@ use crate::args::ActArgs;
 use crate::confirm::confirm;
 use crate::delete::View;
 use crate::output;
-use crate::progress::{Progress, Show};
+use crate::progress::Progress;
 
 /// Lets this many threads do the work.
 pub(crate) fn start_jobs(jobs: Option<usize>) -> Result<()> {
@@ -43,8 +43,8 @@ pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &ActArgs) -> 
         confirm(&view.text(&prepared.plan))?;
     }
     let plan = prepared.plan.clone();
-    let watch = Arc::new(Watch::limited(args.bandwidth));
-    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let watch = Arc::new(Watch::limited(args.pace.bandwidth));
+    let progress = Progress::start(args.pace.progress.show, &watch);
     let outcome = execute(&RealDisk, view.survey, prepared, &watch);
     drop(progress);
     let outcome = outcome?;

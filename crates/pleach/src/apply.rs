@@ -101,9 +101,9 @@ pub(crate) fn run(args: &ApplyArgs) -> Result<ExitCode> {
     let act = command.act().ok_or_else(no_plan)?;
     act.yes = true;
     act.json = args.json;
-    act.progress.clone_from(&args.progress);
-    act.bandwidth = args.bandwidth.or(act.bandwidth);
-    act.jobs = args.jobs.or(act.jobs);
+    act.pace.progress.show = args.pace.progress.show;
+    act.pace.bandwidth = args.pace.bandwidth.or(act.pace.bandwidth);
+    act.pace.jobs = args.pace.jobs.or(act.pace.jobs);
     let directory = saved.directory.clone();
     act.expected = Some(saved);
     std::env::set_current_dir(&directory)

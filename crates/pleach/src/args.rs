@@ -5,8 +5,11 @@ mod trees;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use pleach_engine::survey::{FileFormat, Trust};
+
+use crate::progress::Show;
 
 pub(crate) use self::trees::{
     CurrentArgs, InitArgs, NoteArgs, RenameArgs, RevertArgs, ScanArgs, ShowArgs, SnapshotArgs,
@@ -49,8 +52,8 @@ pub(crate) enum Command {
     Map(MapArgs),
     /// Find out whether two images read the same
     Compare(CompareArgs),
-    /// Show where an image reads differently than another one
-    Diff(DiffArgs),
+    /// Show where image B reads differently than image A
+    Diff(PairArgs),
     /// Create a new, empty image
     Create(CreateArgs),
     /// Make an image's disk longer or shorter
@@ -113,6 +116,31 @@ impl TrustArgs {
     }
 }
 
+/// Where images are looked for, and what they may make us open.
+#[derive(Debug, Args)]
+pub(crate) struct PlaceArgs {
+    /// Look for images, and for what stands on them, in this directory too
+    #[arg(long, value_name = "DIR")]
+    pub(crate) also: Vec<PathBuf>,
+    #[command(flatten)]
+    trust: TrustArgs,
+}
+
+impl PlaceArgs {
+    pub(crate) fn trust(&self) -> Trust {
+        self.trust.trust()
+    }
+}
+
+/// Images that belong together.
+#[derive(Debug, Args)]
+pub(crate) struct TargetArgs {
+    /// An image, a directory of images, or a catalog
+    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct TreeArgs {
     /// An image, a directory of images, or a catalog
@@ -148,17 +176,15 @@ pub(crate) struct TreeArgs {
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
-    /// Look for images in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
     #[command(flatten)]
-    pub(crate) trust: TrustArgs,
+    pub(crate) place: PlaceArgs,
 }
 
 impl TreeArgs {
     /// The arguments of `pleach tree --sizes DIR`.
     pub(crate) fn with_sizes(dir: &std::path::Path) -> Self {
         let trust = TrustArgs { allowed: Vec::new(), trust: false };
+        let place = PlaceArgs { also: Vec::new(), trust };
         Self {
             target: dir.to_owned(),
             sizes: true,
@@ -171,8 +197,7 @@ impl TreeArgs {
             force_share: false,
             bytes: false,
             json: false,
-            also: Vec::new(),
-            trust,
+            place,
         }
     }
 }
@@ -273,11 +298,8 @@ pub(crate) struct CopyArgs {
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
-    /// Read even while somebody writes: what is read may be of no one moment
-    #[arg(short = 'U', long)]
-    pub(crate) force_share: bool,
     #[command(flatten)]
-    pub(crate) open: OpenArgs,
+    pub(crate) read: ReadArgs,
 }
 
 #[derive(Debug, Args)]
@@ -303,9 +325,8 @@ pub(crate) struct ConvertArgs {
     /// Leave out bitmaps that were not written back, instead of copying nothing
     #[arg(long, requires = "bitmaps")]
     pub(crate) skip_broken_bitmaps: bool,
-    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
-    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
-    pub(crate) progress: String,
+    #[command(flatten)]
+    pub(crate) progress: ProgressArgs,
     #[command(flatten)]
     pub(crate) copy: CopyArgs,
 }
@@ -380,12 +401,13 @@ pub(crate) struct MapArgs {
     pub(crate) json: bool,
 }
 
+/// Two images that are read, and held against each other.
 #[derive(Debug, Args)]
-pub(crate) struct CompareArgs {
+pub(crate) struct PairArgs {
     /// An image
     #[arg(value_name = "A")]
     pub(crate) first: PathBuf,
-    /// Another one
+    /// The image that is compared with it
     #[arg(value_name = "B")]
     pub(crate) second: PathBuf,
     /// Take A to have this format; only needed for raw ones
@@ -400,47 +422,22 @@ pub(crate) struct CompareArgs {
     /// Read this internal snapshot of B
     #[arg(long = "snapshot-b", value_name = "SNAPSHOT")]
     pub(crate) second_snapshot: Option<String>,
-    /// Sizes, and what is allocated, must be the same too
-    #[arg(short, long)]
-    pub(crate) strict: bool,
     #[command(flatten)]
     pub(crate) read: ReadArgs,
-    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
-    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
-    pub(crate) progress: String,
+    #[command(flatten)]
+    pub(crate) progress: ProgressArgs,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct DiffArgs {
-    /// An image
-    #[arg(value_name = "A")]
-    pub(crate) first: PathBuf,
-    /// The one whose changes are shown
-    #[arg(value_name = "B")]
-    pub(crate) second: PathBuf,
-    /// Take A to have this format; only needed for raw ones
-    #[arg(short = 'f', long = "format", value_parser = format)]
-    pub(crate) first_format: Option<FileFormat>,
-    /// Take B to have this format
-    #[arg(short = 'F', long, value_parser = format)]
-    pub(crate) second_format: Option<FileFormat>,
-    /// Read this internal snapshot of A, by id or name
-    #[arg(long = "snapshot-a", value_name = "SNAPSHOT")]
-    pub(crate) first_snapshot: Option<String>,
-    /// Read this internal snapshot of B
-    #[arg(long = "snapshot-b", value_name = "SNAPSHOT")]
-    pub(crate) second_snapshot: Option<String>,
+pub(crate) struct CompareArgs {
     #[command(flatten)]
-    pub(crate) read: ReadArgs,
-    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
-    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
-    pub(crate) progress: String,
-    /// Print one JSON document
-    #[arg(long)]
-    pub(crate) json: bool,
+    pub(crate) pair: PairArgs,
+    /// Sizes, and what is allocated, must be the same too
+    #[arg(short, long)]
+    pub(crate) strict: bool,
 }
 
 #[derive(Debug, Args)]
@@ -516,9 +513,8 @@ pub(crate) struct CompactArgs {
     /// How many threads read tables and move data
     #[arg(long, value_name = "N")]
     pub(crate) jobs: Option<usize>,
-    /// How progress is shown on stderr
-    #[arg(long, value_parser = ["bar", "json", "none"], default_value = "bar")]
-    pub(crate) progress: String,
+    #[command(flatten)]
+    pub(crate) progress: ProgressArgs,
     /// Print exact sizes
     #[arg(long)]
     pub(crate) bytes: bool,
@@ -649,8 +645,8 @@ impl BitmapCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct DeleteArgs {
-    /// An image, or a directory of images
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The node
     pub(crate) name: String,
     /// Delete its descendants too
@@ -666,9 +662,6 @@ pub(crate) struct DeleteArgs {
     /// auto (the file into which the data are copied)
     #[arg(long, default_value = "child", value_name = "WHOSE", value_parser = keep)]
     pub(crate) keep: pleach_engine::Keep,
-    /// Look for images that stand on these in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
     /// With --children or --children-only, where current goes too: the new active image of a disk
     #[arg(long = "file", value_name = "DISK=PATH", value_parser = trees::disk_file)]
     pub(crate) files: Vec<(String, PathBuf)>,
@@ -677,8 +670,27 @@ pub(crate) struct DeleteArgs {
     pub(crate) yes_everything: bool,
     #[command(flatten)]
     pub(crate) act: ActArgs,
+}
+
+/// How progress is shown.
+#[derive(Debug, Args)]
+pub(crate) struct ProgressArgs {
+    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
+    #[arg(long = "progress", value_name = "HOW", default_value = "auto", value_parser = shows())]
+    pub(crate) show: Show,
+}
+
+/// How fast data are copied, and how that is shown.
+#[derive(Debug, Args)]
+pub(crate) struct PaceArgs {
+    /// Copy no more than this many bytes a second, such as 50M
+    #[arg(long, value_name = "RATE", value_parser = size)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Threads that copy; one a processor if left out
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
     #[command(flatten)]
-    pub(crate) trust: TrustArgs,
+    pub(crate) progress: ProgressArgs,
 }
 
 /// How a plan is shown and carried out.
@@ -693,18 +705,11 @@ pub(crate) struct ActArgs {
     /// Save the plan in this new file, and stop; "pleach apply FILE" carries it out
     #[arg(long, value_name = "FILE")]
     pub(crate) plan: Option<PathBuf>,
-    /// Copy no more than this many bytes a second, such as 50M
-    #[arg(long, value_name = "RATE", value_parser = size)]
-    pub(crate) bandwidth: Option<u64>,
     /// The plan that this must be.
     #[arg(skip)]
     pub(crate) expected: Option<crate::apply::Saved>,
-    /// Threads that copy; one a processor if left out
-    #[arg(long, value_name = "N")]
-    pub(crate) jobs: Option<usize>,
-    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
-    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
-    pub(crate) progress: String,
+    #[command(flatten)]
+    pub(crate) pace: PaceArgs,
     /// Print exact sizes
     #[arg(long)]
     pub(crate) bytes: bool,
@@ -741,15 +746,8 @@ pub(crate) struct ApplyArgs {
     /// For scripts; a saved plan needs no further word
     #[arg(short, long)]
     yes: bool,
-    /// Copy no more than this many bytes a second, such as 50M
-    #[arg(long, value_name = "RATE", value_parser = size)]
-    pub(crate) bandwidth: Option<u64>,
-    /// Threads that copy; one a processor if left out
-    #[arg(long, value_name = "N")]
-    pub(crate) jobs: Option<usize>,
-    /// How to show progress: a bar on a terminal, JSON lines on stderr, or not at all
-    #[arg(long, default_value = "auto", value_parser = ["auto", "json", "none"])]
-    pub(crate) progress: String,
+    #[command(flatten)]
+    pub(crate) pace: PaceArgs,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
@@ -765,30 +763,22 @@ pub(crate) struct MergeArgs {
     /// Whose file name survives: top, base, or auto (the file into which the data are copied)
     #[arg(long, default_value = "base", value_name = "WHOSE", value_parser = keep_of_run)]
     pub(crate) keep: pleach_engine::Keep,
-    /// Look for images that stand on these in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
     #[command(flatten)]
     pub(crate) act: ActArgs,
-    #[command(flatten)]
-    pub(crate) trust: TrustArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct SquashArgs {
-    /// An image, or a directory of images
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The first snapshot of the run
     pub(crate) first: String,
     /// The last one, which stands on it, directly or not, and whose content and name stay
     pub(crate) last: String,
-    /// Look for images that stand on these in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) act: ActArgs,
-    #[command(flatten)]
-    pub(crate) trust: TrustArgs,
 }
 
 #[derive(Debug, Args)]
@@ -868,6 +858,10 @@ fn format(text: &str) -> Result<FileFormat, String> {
         "raw" => Ok(FileFormat::Raw),
         _ => Err("must be qcow2 or raw".to_owned()),
     }
+}
+
+fn shows() -> impl TypedValueParser<Value = Show> {
+    PossibleValuesParser::new(["auto", "json", "none"]).map(|text| Show::of(&text))
 }
 
 fn size(text: &str) -> Result<u64, String> {

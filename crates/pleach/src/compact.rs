@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::act::start_jobs;
 use crate::args::CompactArgs;
-use crate::progress::{Progress, Show};
+use crate::progress::Progress;
 use crate::{output, size};
 
 pub(crate) fn run(args: &CompactArgs) -> Result<ExitCode> {
@@ -21,7 +21,7 @@ pub(crate) fn run(args: &CompactArgs) -> Result<ExitCode> {
         plan_compact(&RealDisk, &args.image, options)?
     } else {
         let watch = Arc::new(Watch::new());
-        let progress = Progress::start(Show::of(&args.progress), &watch);
+        let progress = Progress::start(args.progress.show, &watch);
         let done = compact(&RealDisk, &args.image, options, &watch);
         drop(progress);
         done?

@@ -1,17 +1,15 @@
 //! `pleach compare`
 
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pleach_engine::survey::FileFormat;
-use pleach_engine::{Comparison, Difference, ErrorKind, Result, Source, SourceOptions, Watch, compare};
-use pleach_store::RealDisk;
+use pleach_engine::{Comparison, Difference, ErrorKind, Result, Watch, compare};
 use serde_json::json;
 
 use crate::args::CompareArgs;
 use crate::output;
-use crate::progress::{Progress, Show};
+use crate::progress::Progress;
+use crate::source;
 
 /// Exit code if the images read differently; failures never have it.
 const DIFFERENT: u8 = 1;
@@ -21,7 +19,7 @@ const FAILED: u8 = 2;
 pub(crate) fn run(args: &CompareArgs) -> Result<ExitCode> {
     match images(args) {
         Ok(comparison) => {
-            if args.json {
+            if args.pair.json {
                 output::document(&document(&comparison));
             } else {
                 output::print(&text(&comparison));
@@ -31,7 +29,7 @@ pub(crate) fn run(args: &CompareArgs) -> Result<ExitCode> {
         }
         // 1 says that the images differ, and nothing else.
         Err(error) if error.kind == ErrorKind::Failed => {
-            output::failure(&error, args.json);
+            output::failure(&error, args.pair.json);
             Ok(ExitCode::from(FAILED))
         }
         Err(error) => Err(error),
@@ -39,20 +37,9 @@ pub(crate) fn run(args: &CompareArgs) -> Result<ExitCode> {
 }
 
 fn images(args: &CompareArgs) -> Result<Comparison> {
-    let open = |path: &Path, format: Option<FileFormat>, snapshot: &Option<String>| -> Result<Source> {
-        let trust = args.read.trust();
-        let options =
-            SourceOptions { format, snapshot: snapshot.clone(), trust, share: args.read.force_share };
-        let source = Source::open(&RealDisk, path, &options)?;
-        if source.guessed_raw {
-            output::warn_guessed_raw(path);
-        }
-        Ok(source)
-    };
-    let first = open(&args.first, args.first_format, &args.first_snapshot)?;
-    let second = open(&args.second, args.second_format, &args.second_snapshot)?;
+    let [first, second] = source::pair(&args.pair)?;
     let watch = Arc::new(Watch::new());
-    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let progress = Progress::start(args.pair.progress.show, &watch);
     let comparison = compare([&first, &second], args.strict, &watch);
     drop(progress);
     comparison

@@ -17,8 +17,8 @@ use serde_json::json;
 
 use crate::act::start_jobs;
 use crate::args::{ConvertArgs, CopyArgs, FlattenArgs, MeasureArgs};
-use crate::progress::{Progress, Show};
-use crate::{create, output, size};
+use crate::progress::Progress;
+use crate::{create, output, size, source};
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
     let (made, to) = copy(args, false)?;
@@ -66,7 +66,7 @@ fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
         create::look_at_data_file(data, &args.out)?;
     }
     let watch = Arc::new(Watch::new().with_most_output(args.max_output));
-    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let progress = Progress::start(args.progress.show, &watch);
     let made = match dry_run {
         true => rehearse(&source.chain, &args.out, &target, &watch),
         false => convert(&RealDisk, &source.chain, &args.out, &target, &watch),
@@ -153,18 +153,8 @@ fn copy_threads() -> Option<usize> {
 
 /// The source, which can be read to its end.
 fn open(path: &Path, args: &CopyArgs) -> Result<Source> {
-    let options = SourceOptions {
-        format: args.format,
-        snapshot: args.snapshot.clone(),
-        trust: args.open.trust(),
-        share: args.force_share,
-    };
-    let source = Source::open(&RealDisk, path, &options)?;
+    let source = source::open(path, args.format, args.snapshot.as_deref(), &args.read)?;
     source.check_readable()?;
-    if source.guessed_raw {
-        let error = Error::new(ErrorKind::Failed, "is not a qcow2 image; taken to be raw");
-        output::warn(&error.at(path).hint("say -f raw"));
-    }
     Ok(source)
 }
 
@@ -178,7 +168,7 @@ fn open_backing(args: &CopyArgs, out: &Path, name: &Path) -> Result<Below> {
     let bytes = name.as_os_str().as_bytes();
     let path = backing_path(out, bytes).map_err(Error::from)?;
     let options =
-        SourceOptions { format: args.backing_format, trust: args.open.trust(), ..SourceOptions::default() };
+        SourceOptions { format: args.backing_format, trust: args.read.trust(), ..SourceOptions::default() };
     let source = Source::open(&RealDisk, &path, &options).map_err(|error| {
         if error.kind == ErrorKind::NotFound && RealDisk.stat(name).is_ok() {
             return error.hint("relative backing file names are relative to the copy's directory");

@@ -20,12 +20,12 @@ use crate::target::{Target, directory};
 use crate::{job, size};
 
 pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
-    start_jobs(args.act.jobs)?;
-    let target = Target::of(&args.target, &args.also)?;
+    start_jobs(args.act.pace.jobs)?;
+    let target = Target::named(&args.on)?;
     if let Some(tree) = tree_of(args, &target)? {
         return in_tree(args, &tree);
     }
-    let mut survey = target.survey(&args.trust.trust())?;
+    let mut survey = target.survey(&args.on.place.trust())?;
     let mut family = target.family(&survey)?;
     let node = family.resolve(&survey, &args.name)?;
     // What stands on the node may lie beside it, wherever that is.
@@ -49,7 +49,7 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
 /// The tree in which the node is to be deleted: that of a catalog, or of one that the deletion needs. None where the
 /// images alone can say everything.
 fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<Tree>> {
-    let trust = args.trust.trust();
+    let trust = args.on.place.trust();
     if let Some(tree) = target.tree(&trust)? {
         return Ok(Some(tree));
     }

@@ -1,30 +1,17 @@
 //! `pleach diff`
 
-use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use pleach_engine::survey::FileFormat;
-use pleach_engine::{Result, Source, SourceOptions, Watch, diff};
-use pleach_store::RealDisk;
+use pleach_engine::{Result, Watch, diff};
 
-use crate::args::DiffArgs;
-use crate::output::{self, Spool};
-use crate::progress::{Progress, Show};
+use crate::args::PairArgs;
+use crate::output::Spool;
+use crate::progress::Progress;
+use crate::source;
 
-pub(crate) fn run(args: &DiffArgs) -> Result<ExitCode> {
-    let open = |path: &Path, format: Option<FileFormat>, snapshot: &Option<String>| -> Result<Source> {
-        let trust = args.read.trust();
-        let options =
-            SourceOptions { format, snapshot: snapshot.clone(), trust, share: args.read.force_share };
-        let source = Source::open(&RealDisk, path, &options)?;
-        if source.guessed_raw {
-            output::warn_guessed_raw(path);
-        }
-        Ok(source)
-    };
-    let first = open(&args.first, args.first_format, &args.first_snapshot)?;
-    let second = open(&args.second, args.second_format, &args.second_snapshot)?;
+pub(crate) fn run(args: &PairArgs) -> Result<ExitCode> {
+    let [first, second] = source::pair(args)?;
     // Nothing is printed before it is known that all of it can be.
     let mut out = Spool::new();
     if args.json {
@@ -34,7 +21,7 @@ pub(crate) fn run(args: &DiffArgs) -> Result<ExitCode> {
         out.add(format_args!("{:<20}{:<20}Now\n", "Offset", "Length"))?;
     }
     let watch = Arc::new(Watch::new());
-    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let progress = Progress::start(args.progress.show, &watch);
     let mut separator = "\n";
     let found = diff([&first, &second], &watch, &mut |changed| {
         let (start, length, zero) = (changed.start, changed.length, changed.zero);

@@ -17,7 +17,7 @@ use crate::act::start_jobs;
 use crate::args::ActArgs;
 use crate::confirm::confirm;
 use crate::delete::{Verb, View};
-use crate::progress::{Progress, Show};
+use crate::progress::Progress;
 use crate::{output, size};
 
 /// A job, and what it is about.
@@ -43,7 +43,7 @@ pub(crate) fn carry_out(
     ask: bool,
     said: &Said<'_>,
 ) -> Result<ExitCode> {
-    start_jobs(args.jobs)?;
+    start_jobs(args.pace.jobs)?;
     if args.plan.is_some() {
         let text = "plans for trees with a catalog cannot be saved";
         return Err(Error::new(ErrorKind::Unsupported, text).hint("-n shows the plan"));
@@ -71,8 +71,8 @@ pub(crate) fn carry_out(
     let text = view.what();
     let removed = job.bytes_removed;
     let figures = !job.merges.is_empty() || removed > 0;
-    let watch = Arc::new(Watch::limited(args.bandwidth));
-    let progress = Progress::start(Show::of(&args.progress), &watch);
+    let watch = Arc::new(Watch::limited(args.pace.bandwidth));
+    let progress = Progress::start(args.pace.progress.show, &watch);
     let outcome = job.run(&RealDisk, &watch);
     drop(progress);
     let outcome = outcome?;

@@ -28,6 +28,7 @@ mod resume;
 mod scan;
 mod size;
 mod snapshots;
+mod source;
 mod target;
 mod tree;
 
@@ -57,17 +58,17 @@ fn run(command: Command) -> (bool, Result<ExitCode>) {
     match command {
         Command::Tree(args) => (args.json, tree::run(&args)),
         Command::Init(args) => (args.json, snapshots::init(&args)),
-        Command::Snapshot(args) => (args.run.act.json, snapshots::snapshot(&args)),
-        Command::Revert(args) => (args.run.act.json, snapshots::revert_to(&args)),
-        Command::Rename(args) => (args.run.act.json, snapshots::give_name(&args)),
-        Command::Note(args) => (args.run.act.json, snapshots::describe(&args)),
-        Command::Current(args) => (args.run.act.json, snapshots::current(&args)),
+        Command::Snapshot(args) => (args.act.json, snapshots::snapshot(&args)),
+        Command::Revert(args) => (args.act.json, snapshots::revert_to(&args)),
+        Command::Rename(args) => (args.act.json, snapshots::give_name(&args)),
+        Command::Note(args) => (args.act.json, snapshots::describe(&args)),
+        Command::Current(args) => (args.act.json, snapshots::current(&args)),
         Command::Show(args) => (args.json, snapshots::show(&args)),
         Command::Scan(args) => (args.json, scan::run(&args)),
         Command::Info(args) => (args.json, info::run(&args)),
         Command::Check(args) => (args.json, check::run(&args)),
         Command::Map(args) => (args.json, map::run(&args)),
-        Command::Compare(args) => (args.json, compare::run(&args)),
+        Command::Compare(args) => (args.pair.json, compare::run(&args)),
         Command::Diff(args) => (args.json, diff::run(&args)),
         Command::Create(args) => (args.json, create::run(&args)),
         Command::Resize(args) => (args.json, resize::run(&args)),

@@ -2,25 +2,16 @@
 
 use std::process::ExitCode;
 
-use pleach_engine::{Extent, Result, Source, SourceOptions, map};
+use pleach_engine::{Extent, Result, map};
 use pleach_image::{Chain, escape};
-use pleach_store::RealDisk;
 use serde_json::Value;
 
 use crate::args::MapArgs;
-use crate::output::{self, Spool};
+use crate::output::Spool;
+use crate::source;
 
 pub(crate) fn run(args: &MapArgs) -> Result<ExitCode> {
-    let options = SourceOptions {
-        format: args.format,
-        snapshot: args.snapshot.clone(),
-        trust: args.read.trust(),
-        share: args.read.force_share,
-    };
-    let source = Source::open(&RealDisk, &args.image, &options)?;
-    if source.guessed_raw {
-        output::warn_guessed_raw(&args.image);
-    }
+    let source = source::open(&args.image, args.format, args.snapshot.as_deref(), &args.read)?;
     let mut files = files(&source.chain);
     if args.json {
         files = files.into_iter().map(|file| Value::from(file).to_string()).collect();

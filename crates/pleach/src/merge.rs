@@ -14,9 +14,9 @@ use crate::delete::{Verb, View};
 use crate::target::{Target, directory};
 
 pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
-    start_jobs(args.act.jobs)?;
-    let target = Target::of(&args.top, &args.also)?;
-    let mut survey = target.survey(&args.trust.trust())?;
+    start_jobs(args.act.pace.jobs)?;
+    let target = Target::of(&args.top, &args.place.also)?;
+    let mut survey = target.survey(&args.place.trust())?;
     let find = |survey: &Survey, path: &Path| {
         let missing = || Error::new(ErrorKind::NotFound, "is no image that was found").at(path);
         survey.find(&RealDisk, path).ok_or_else(missing)
@@ -29,9 +29,9 @@ pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
 }
 
 pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
-    start_jobs(args.act.jobs)?;
-    let target = Target::of(&args.target, &args.also)?;
-    let mut survey = target.survey(&args.trust.trust())?;
+    start_jobs(args.act.pace.jobs)?;
+    let target = Target::named(&args.on)?;
+    let mut survey = target.survey(&args.on.place.trust())?;
     let family = target.family(&survey)?;
     let file = |name: &str| match family.state(family.resolve(&survey, name)?) {
         Some(State::File(index)) => Ok(index),

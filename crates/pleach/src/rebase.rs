@@ -14,7 +14,7 @@ use crate::output;
 use crate::target::{Target, directory};
 
 pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode> {
-    start_jobs(args.act.jobs)?;
+    start_jobs(args.act.pace.jobs)?;
     let target = Target::of(&args.image, &[])?;
     let Some(path) = &target.image else {
         return Err(Error::new(ErrorKind::Usage, "is a directory, not an image").at(&args.image));

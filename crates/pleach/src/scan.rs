@@ -30,16 +30,16 @@ struct Found {
 }
 
 pub(crate) fn run(args: &ScanArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.directory, &args.also)?;
+    let target = Target::of(&args.directory, &args.place.also)?;
     if target.image.is_some() {
         return Err(Error::new(ErrorKind::Usage, "is not a directory").at(&args.directory));
     }
-    let trust = args.trust.trust();
+    let trust = args.place.trust();
     let mut found = Vec::new();
     let mut claimed = BTreeSet::new();
     let mut wrong = Vec::new();
     for path in &target.catalogs {
-        match Tree::load(&RealDisk, path, &args.also, &trust) {
+        match Tree::load(&RealDisk, path, &args.place.also, &trust) {
             Ok(tree) => {
                 let files = tree.catalog.record.files();
                 let ids = files.iter().filter_map(|f| tree.survey.find(&RealDisk, &tree.catalog.path_of(f)));
@@ -168,8 +168,8 @@ fn without_catalog(
     };
     let name = free_tree(&target.base, &stem);
     let disks = [(ONLY_DISK.to_owned(), active.clone())];
-    let trust = args.trust.trust();
-    let mut tree = Tree::adopt(&RealDisk, &target.base, &name, &disks, &args.also, &trust)?;
+    let trust = args.place.trust();
+    let mut tree = Tree::adopt(&RealDisk, &target.base, &name, &disks, &args.place.also, &trust)?;
     let mut notes = tree.differences.clone();
     if heads.len() > 1 {
         let guess = shown(active, &target.base);

@@ -31,7 +31,8 @@ pub(crate) fn now() -> i64 {
 
 pub(crate) fn init(args: &InitArgs) -> Result<ExitCode> {
     let first = args.disks.first().map(|(_, path)| directory(path)).unwrap_or_default();
-    let mut tree = Tree::adopt(&RealDisk, &first, &args.name, &args.disks, &args.also, &args.trust.trust())?;
+    let mut tree =
+        Tree::adopt(&RealDisk, &first, &args.name, &args.disks, &args.place.also, &args.place.trust())?;
     for difference in &tree.differences {
         eprintln!("note: {difference}");
     }
@@ -55,8 +56,7 @@ pub(crate) fn init(args: &InitArgs) -> Result<ExitCode> {
 }
 
 pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.run.also)?;
-    let tree = target.tree_or_new(&args.run.trust.trust())?;
+    let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     let kind = match (args.internal, args.external) {
         (true, _) => Some(TakeKind::Internal),
         (_, true) => Some(TakeKind::External),
@@ -73,12 +73,11 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
     };
     let job = take(&RealDisk, &tree, &request)?;
     let word = escape(args.name.as_bytes());
-    carry_out(&tree, job, &args.run.act, false, &Said::Word(&word))
+    carry_out(&tree, job, &args.act, false, &Said::Word(&word))
 }
 
 pub(crate) fn revert_to(args: &RevertArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.run.also)?;
-    let tree = target.tree_or_new(&args.run.trust.trust())?;
+    let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     let mut request = RevertRequest {
         name: args.name.clone(),
         unsaved: match (&args.save_as, args.discard) {
@@ -91,7 +90,7 @@ pub(crate) fn revert_to(args: &RevertArgs) -> Result<ExitCode> {
     };
     let mut planned = revert(&RealDisk, &tree, &request);
     // On a terminal, losing the changes is what the plan asks about; so it is what a dry run shows.
-    let asks = !args.run.act.yes || args.run.act.dry_run;
+    let asks = !args.act.yes || args.act.dry_run;
     if asks && matches!(&planned, Err(e) if e.kind == ErrorKind::NotConfirmed) {
         let reason = planned.err();
         request.unsaved = Unsaved::Discard;
@@ -100,7 +99,7 @@ pub(crate) fn revert_to(args: &RevertArgs) -> Result<ExitCode> {
             eprintln!("note: {}, which are lost", reason.message);
         }
     }
-    carry_out(&tree, planned?, &args.run.act, true, &Said::Report)
+    carry_out(&tree, planned?, &args.act, true, &Said::Report)
 }
 
 /// The files that were given, by disk.
@@ -116,19 +115,17 @@ pub(crate) fn files(given: &[(String, PathBuf)]) -> Result<BTreeMap<String, Path
 }
 
 pub(crate) fn give_name(args: &RenameArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.run.also)?;
-    let tree = target.tree_or_new(&args.run.trust.trust())?;
+    let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     let job = rename(&RealDisk, &tree, &args.name, &args.new_name)?;
-    carry_out(&tree, job, &args.run.act, false, &Said::Report)
+    carry_out(&tree, job, &args.act, false, &Said::Report)
 }
 
 pub(crate) fn describe(args: &NoteArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.run.also)?;
-    let tree = target.tree_or_new(&args.run.trust.trust())?;
+    let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     let Some(text) = &args.text else {
         let name = tree.resolve(&args.name)?;
         let description = tree.catalog.record.find(&name).map(|n| n.description.clone()).unwrap_or_default();
-        if args.run.act.json {
+        if args.act.json {
             output::document(&json!({ "schema": 1, "name": name, "description": description }));
         } else if !description.is_empty() {
             output::print(&format!("{description}\n"));
@@ -136,20 +133,19 @@ pub(crate) fn describe(args: &NoteArgs) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     };
     let job = note(&RealDisk, &tree, &args.name, text)?;
-    carry_out(&tree, job, &args.run.act, false, &Said::Report)
+    carry_out(&tree, job, &args.act, false, &Said::Report)
 }
 
 pub(crate) fn current(args: &CurrentArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.run.also)?;
-    let tree = target.tree_or_new(&args.run.trust.trust())?;
+    let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     match &args.name {
         Some(name) => {
             let job = make_current(&RealDisk, &tree, name)?;
-            carry_out(&tree, job, &args.run.act, false, &Said::Report)
+            carry_out(&tree, job, &args.act, false, &Said::Report)
         }
         None => {
             let current = tree.catalog.record.current.as_deref();
-            if args.run.act.json {
+            if args.act.json {
                 output::document(&json!({ "schema": 1, "current": current }));
                 return Ok(ExitCode::SUCCESS);
             }
@@ -163,8 +159,7 @@ pub(crate) fn current(args: &CurrentArgs) -> Result<ExitCode> {
 }
 
 pub(crate) fn show(args: &ShowArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.also)?;
-    let tree = target.tree_or_new(&args.trust.trust())?;
+    let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     let record = &tree.catalog.record;
     if tree.resolve(&args.name).is_err() && tree.head_name().as_deref() == Some(&args.name) {
         let files: Vec<(String, Storage)> = record

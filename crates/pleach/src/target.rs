@@ -10,6 +10,8 @@ use pleach_engine::{Error, ErrorKind, Result};
 use pleach_lineage::{NodeId, Reads, order};
 use pleach_store::{Disk, FileKind, RealDisk};
 
+use crate::args::TargetArgs;
+
 /// A directory of images, one image in it, or a catalog.
 pub(crate) struct Target {
     /// Where images are looked for.
@@ -25,6 +27,11 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// Finds out what was named on the command line.
+    pub(crate) fn named(args: &TargetArgs) -> Result<Self> {
+        Self::of(&args.target, &args.place.also)
+    }
+
     /// Finds out what `path` is.
     pub(crate) fn of(path: &Path, also: &[PathBuf]) -> Result<Self> {
         let stat = RealDisk.stat(path).map_err(|e| Error::io("find", path, e))?;

@@ -35,8 +35,8 @@ struct Picture<'a> {
 }
 
 pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
-    let target = Target::of(&args.target, &args.also)?;
-    let trust = args.trust.trust();
+    let target = Target::of(&args.target, &args.place.also)?;
+    let trust = args.place.trust();
     let trees = if args.all { Vec::new() } else { target.trees(&trust)? };
     if !trees.is_empty() {
         return run_trees(args, &trees);

@@ -5,19 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use pleach_engine::verbs::TakeKind;
 
-use super::{ActArgs, TrustArgs};
-
-/// How a job on a tree is run.
-#[derive(Debug, Args)]
-pub(crate) struct RunArgs {
-    /// Look for images in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
-    #[command(flatten)]
-    pub(crate) act: ActArgs,
-    #[command(flatten)]
-    pub(crate) trust: TrustArgs,
-}
+use super::{ActArgs, PlaceArgs, TargetArgs};
 
 #[derive(Debug, Args)]
 pub(crate) struct InitArgs {
@@ -26,20 +14,17 @@ pub(crate) struct InitArgs {
     /// A disk of the machine and its active image, such as vda=A.qcow2
     #[arg(long = "disk", required = true, value_name = "DISK=IMG", value_parser = disk_file)]
     pub(crate) disks: Vec<(String, PathBuf)>,
-    /// Look for images in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) trust: TrustArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct SnapshotArgs {
-    /// An image, a directory of images, or a catalog
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The snapshot's name
     pub(crate) name: String,
     /// Keep every disk as a snapshot inside its active image
@@ -61,13 +46,13 @@ pub(crate) struct SnapshotArgs {
     #[arg(long = "file", value_name = "DISK=PATH", value_parser = disk_file)]
     pub(crate) files: Vec<(String, PathBuf)>,
     #[command(flatten)]
-    pub(crate) run: RunArgs,
+    pub(crate) act: ActArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct RevertArgs {
-    /// An image, a directory of images, or a catalog
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The node to go back to
     pub(crate) name: String,
     /// Changes since the last snapshot are lost
@@ -80,58 +65,53 @@ pub(crate) struct RevertArgs {
     #[arg(long = "file", value_name = "DISK=PATH", value_parser = disk_file)]
     pub(crate) files: Vec<(String, PathBuf)>,
     #[command(flatten)]
-    pub(crate) run: RunArgs,
+    pub(crate) act: ActArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct RenameArgs {
-    /// An image, a directory of images, or a catalog
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The node
     pub(crate) name: String,
     /// Its new name; files keep theirs
     pub(crate) new_name: String,
     #[command(flatten)]
-    pub(crate) run: RunArgs,
+    pub(crate) act: ActArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct NoteArgs {
-    /// An image, a directory of images, or a catalog
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The node
     pub(crate) name: String,
     /// Its new description; without one, the present one is shown
     #[arg(allow_hyphen_values = true)]
     pub(crate) text: Option<String>,
     #[command(flatten)]
-    pub(crate) run: RunArgs,
+    pub(crate) act: ActArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct CurrentArgs {
-    /// An image, a directory of images, or a catalog
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The node that is to be current; without one, the current one is shown
     pub(crate) name: Option<String>,
     #[command(flatten)]
-    pub(crate) run: RunArgs,
+    pub(crate) act: ActArgs,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct ShowArgs {
-    /// An image, a directory of images, or a catalog
-    pub(crate) target: PathBuf,
+    #[command(flatten)]
+    pub(crate) on: TargetArgs,
     /// The node
     pub(crate) name: String,
-    /// Look for images in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) trust: TrustArgs,
 }
 
 #[derive(Debug, Args)]
@@ -142,14 +122,11 @@ pub(crate) struct ScanArgs {
     /// Make catalogs where there are none, and mend those that do not say what the images say
     #[arg(long)]
     pub(crate) write: bool,
-    /// Look for images in this directory too
-    #[arg(long, value_name = "DIR")]
-    pub(crate) also: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
     /// Print one JSON document
     #[arg(long)]
     pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) trust: TrustArgs,
 }
 
 /// `DISK=PATH`.
