@@ -76,6 +76,32 @@ fn a_huge_count_of_a_leaked_cluster_is_lowered_at_once() {
     assert_eq!(oracle::digest(&path, Format::Qcow2), before);
 }
 
+/// Compressed data are not put into one cluster where it cannot be counted twice.
+#[test]
+fn compressed_data_share_a_cluster_only_where_counts_say_so() {
+    let work = WorkDir::new("compact");
+    let path = work.join("image.qcow2");
+    for bits in [1, 2, 16] {
+        let options = format!("cluster_size=4k,refcount_bits={bits}");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&path), "8M"]);
+        let io = |commands: &[&str]| qemu_io(&path, Format::Qcow2, commands);
+        io(&["write -q -P 1 0 32k", "write -q -P 5 5M 8k"]);
+        for at in ["100k", "120k", "140k", "160k", "180k"] {
+            io(&[&format!("write -q -c -P 2 {at} 4k")]);
+        }
+        io(&["discard -q 0 32k"]);
+        let before = oracle::digest(&path, Format::Qcow2);
+        let run =
+            |more: &str| Tool::new(PLEACH).json(&["compact", more, "--json", text(&path)])["plan"].clone();
+        let said = run("-n");
+        assert_eq!(run("-y"), said, "{bits}");
+        assert_eq!(fs::metadata(&path).unwrap().len(), said["size_after"], "{bits}");
+        assert!(said["size_after"].as_u64() < said["size_before"].as_u64(), "{bits}: {said}");
+        check_clean(&path);
+        assert_eq!(oracle::digest(&path, Format::Qcow2), before, "{bits}");
+    }
+}
+
 #[test]
 fn a_kill_at_any_moment_harms_nothing() {
     let work = WorkDir::new("compact-kill");

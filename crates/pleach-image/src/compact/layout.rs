@@ -80,8 +80,11 @@ pub(super) struct Layout {
     /// By cluster.
     pub(super) roles: Vec<Role>,
     pub(super) roots: Vec<Root>,
-    /// Compressed data that end behind as many clusters as are used at all, in order, each once.
-    pub(super) packed: Vec<Extent>,
+    /// Compressed data that end behind as many clusters as are used at all, in order, each once, and how many references
+    /// they have.
+    pub(super) packed: Vec<(Extent, u64)>,
+    /// The highest count of a cluster.
+    pub(super) most_references: u64,
     /// Refcount blocks, by number.
     pub(super) blocks: Vec<Option<u64>>,
     /// Counts a block.
@@ -141,6 +144,7 @@ impl Layout {
             roles: Vec::new(),
             roots: Vec::new(),
             packed: Vec::new(),
+            most_references: place.width.max(),
             blocks: Vec::new(),
             per_block: place.width.per_block(g),
             per_table_cluster: g.cluster_size() / 8,
@@ -183,7 +187,7 @@ impl Layout {
             let mut bytes = vec![0; g.cluster_bytes()];
             let mut met: Vec<(u64, u64, Role)> = Vec::new();
             let mut packed = Vec::new();
-            for &(at, _) in pieces.get(i).copied().unwrap_or_default() {
+            for &(at, times) in pieces.get(i).copied().unwrap_or_default() {
                 image.read_table(HostOffset(at), &mut bytes)?;
                 spans(&bytes, g, |span| {
                     let mapping = span.entry.descriptor.decode(g, version);
@@ -200,7 +204,7 @@ impl Layout {
                             met.push((first, extent.end().div_ceil(g.cluster_size()) - first, Role::Packed));
                             // What ends below this many clusters never moves.
                             if extent.end() > used * g.cluster_size() {
-                                packed.push(extent);
+                                packed.push((extent, times));
                             }
                         }
                         Mapping::Unallocated | Mapping::Zero => {}
@@ -225,7 +229,11 @@ impl Layout {
         done.into_iter().collect::<Result<(), _>>()?;
         let mut layout = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
         layout.packed.sort_unstable();
-        layout.packed.dedup();
+        layout.packed.dedup_by(|(extent, times), (kept, sum)| {
+            let same = extent == kept;
+            *sum += if same { *times } else { 0 };
+            same
+        });
         Ok(layout)
     }
 
