@@ -20,7 +20,7 @@ const FORBIDDEN_EDGES: &[(&str, &[&str])] = &[
     ),
     ("pleach-alloc", &["rayon", "pleach-lineage", "pleach-plan", "pleach-image", "pleach-engine"]),
     ("pleach-image", &["rayon", "pleach-lineage", "pleach-plan", "pleach-engine"]),
-    ("pleach-engine", &["clap", "anyhow", "indicatif", "pleach"]),
+    ("pleach-engine", &["clap", "anyhow", "indicatif", "pleach-libvirt", "pleach"]),
     (
         "pleach-libvirt",
         &["rayon", "pleach-format", "pleach-store", "pleach-plan", "pleach-image", "pleach-engine"],

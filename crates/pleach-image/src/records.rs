@@ -10,18 +10,10 @@ use crate::{Image, ImageError};
 const PIECE: u64 = 256 << 10;
 
 impl Image {
-    /// The internal snapshots of an image whose header is known, in table order.
-    ///
-    /// # Errors
-    /// A table that breaks the format or lies outside the file.
-    pub fn read_snapshots(store: &dyn Store, header: &Header) -> Result<Vec<SnapshotRecord>, ImageError> {
-        snapshots(store, header)?.collect()
-    }
-
     /// The internal snapshots of an image whose header is known, as [`each_snapshot`](Self::each_snapshot) gives them.
     ///
     /// # Errors
-    /// As [`read_snapshots`](Self::read_snapshots).
+    /// As [`snapshots`](Self::snapshots).
     pub fn each_snapshot_of<'a>(
         store: &'a dyn Store,
         header: &Header,
@@ -32,7 +24,7 @@ impl Image {
     /// The internal snapshots, in table order.
     ///
     /// # Errors
-    /// As [`read_snapshots`](Self::read_snapshots).
+    /// A table that breaks the format or lies outside the file.
     pub fn snapshots(&self) -> Result<Vec<SnapshotRecord>, ImageError> {
         self.each_snapshot()?.collect()
     }
@@ -40,7 +32,7 @@ impl Image {
     /// The internal snapshots, in table order, in memory one at a time. Nothing follows an error.
     ///
     /// # Errors
-    /// As [`read_snapshots`](Self::read_snapshots).
+    /// As [`snapshots`](Self::snapshots).
     pub fn each_snapshot(
         &self,
     ) -> Result<impl Iterator<Item = Result<SnapshotRecord, ImageError>>, ImageError> {

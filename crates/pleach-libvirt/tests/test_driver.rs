@@ -5,13 +5,12 @@
 //! more and longer sequences, `PLEACH_SEED=…` one sequence again.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 
 use pleach_libvirt::{Snapshot, lineage, redefine_script};
 use pleach_lineage::{DeleteMode, Kind, Lineage, Node};
+use pleach_testkit::virsh::{self, Session, Tree};
 use pleach_testkit::{OnFailure, Rng, WorkDir, chosen_seed, long_mode};
 
 const THREADS: usize = 4;
@@ -43,77 +42,10 @@ const DOMAIN: &str = "<domain type='test'>
     </devices>
   </domain>";
 
-/// Parents by name, and the current one.
-type Tree = (BTreeMap<String, Option<String>>, Option<String>);
-
 fn shown(tree: &Lineage) -> Tree {
     let name = |id| tree.get(id).map(|node: &Node| node.name.clone());
     let parents = tree.ids().map(|id| (tree[id].name.clone(), tree.parent(id).and_then(name))).collect();
     (parents, tree.current().and_then(name))
-}
-
-fn has_virsh() -> bool {
-    let found = Command::new("virsh").arg("--version").output().is_ok_and(|done| done.status.success());
-    if !found {
-        println!("skipped: there is no virsh (Debian: libvirt-clients)");
-    }
-    found
-}
-
-/// Commands for one machine of the test driver. Its state is that of the one process, so they run in one.
-struct Session<'a> {
-    dir: &'a Path,
-    commands: String,
-}
-
-impl<'a> Session<'a> {
-    fn new(dir: &'a Path) -> Self {
-        let off = DOMAIN.replace(
-            "</domain>",
-            "<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain>",
-        );
-        fs::write(dir.join("node.xml"), format!("<node>{off}</node>")).unwrap();
-        Self { dir, commands: String::new() }
-    }
-
-    fn add(&mut self, command: &str) {
-        self.commands.push_str(command);
-        self.commands.push_str("; ");
-    }
-
-    fn redefine(&mut self, file: &str, document: &str, current: bool) {
-        let path = self.dir.join(file);
-        fs::write(&path, document).unwrap();
-        let flag = if current { " --current" } else { "" };
-        self.add(&format!("snapshot-create vm {} --redefine{flag}", path.display()));
-    }
-
-    /// Asks for the whole tree.
-    fn ask(&mut self) {
-        self.add("snapshot-list vm --parent; echo '|'; snapshot-current vm --name; echo '#'");
-    }
-
-    /// Runs them; what was printed on stdout and on stderr.
-    fn run(self) -> (String, String) {
-        let uri = format!("test://{}", self.dir.join("node.xml").display());
-        let mut virsh = Command::new("virsh");
-        virsh.args(["-q", "-c", &uri, &self.commands]).env("LC_ALL", "C.UTF-8");
-        let done = virsh.output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (text(done.stdout), text(done.stderr))
-    }
-}
-
-/// The answer to one [`Session::ask`].
-fn answered(text: &str) -> Tree {
-    let (list, current) = text.split_once('|').unwrap_or_else(|| panic!("no answer: {text:?}"));
-    let parents = list.lines().map(|line| {
-        // Name, time, state, parent; three blanks apart.
-        let fields: Vec<&str> =
-            line.trim().split("   ").map(str::trim).filter(|one| !one.is_empty()).collect();
-        (fields[0].to_owned(), fields.get(3).map(|&parent| parent.to_owned()))
-    });
-    (parents.collect(), Some(current.trim().to_owned()).filter(|name| !name.is_empty()))
 }
 
 fn document(name: &str, parent: Option<&str>) -> String {
@@ -125,7 +57,7 @@ fn document(name: &str, parent: Option<&str>) -> String {
 }
 
 /// One random operation, done to the tree and written down for libvirt.
-fn step(rng: &mut Rng, tree: &mut Lineage, session: &mut Session, number: usize) -> String {
+fn step(rng: &mut Rng, tree: &mut Lineage, dir: &Path, session: &mut Session, number: usize) -> String {
     let names: Vec<String> = tree.ids().map(|id| tree[id].name.clone()).collect();
     let any = |rng: &mut Rng| {
         if names.is_empty() || rng.chance(5) { "nowhere".to_owned() } else { rng.pick(&names).clone() }
@@ -172,7 +104,9 @@ fn step(rng: &mut Rng, tree: &mut Lineage, session: &mut Session, number: usize)
         let name = if rng.chance(30) { fresh } else { any(rng) };
         let parent = rng.chance(75).then(|| any(rng));
         let current = rng.chance(30);
-        session.redefine(&format!("{number}.xml"), &document(&name, parent.as_deref()), current);
+        fs::write(dir.join(format!("{number}.xml")), document(&name, parent.as_deref())).unwrap();
+        let flag = if current { " --current" } else { "" };
+        session.add(&format!("snapshot-create vm {number}.xml --redefine{flag}"));
         if let Some(id) = redefined(tree, &name, parent.as_deref())
             && current
         {
@@ -200,10 +134,10 @@ fn sequence(seed: u64, steps: usize) {
     let mut rng = Rng::new(seed);
     let dir = WorkDir::new("virsh");
     let mut tree = Lineage::new();
-    let mut session = Session::new(&dir);
+    let mut session = Session::new(&dir, DOMAIN);
     let mut wanted = Vec::new();
     for number in 0..steps {
-        let what = step(&mut rng, &mut tree, &mut session, number);
+        let what = step(&mut rng, &mut tree, &dir, &mut session, number);
         session.ask();
         wanted.push((what, shown(&tree)));
     }
@@ -211,10 +145,10 @@ fn sequence(seed: u64, steps: usize) {
     for name in &names {
         session.add(&format!("snapshot-dumpxml vm {name}; echo '#'"));
     }
-    let (stdout, stderr) = session.run();
-    let mut answers = stdout.split('#');
+    let (answers, stderr) = session.run(&dir);
+    let mut answers = answers.into_iter();
     for (number, (what, want)) in wanted.iter().enumerate() {
-        let got = answered(answers.next().unwrap_or_default());
+        let got = virsh::tree(&answers.next().unwrap_or_default());
         assert_eq!(&got, want, "after step {number}, {what}\n{stderr}");
     }
 
@@ -244,22 +178,21 @@ fn give_to_libvirt(snapshots: &[Snapshot], want: &Tree) {
         fs::write(dir.join(file), snapshot.text()).unwrap();
     }
     let script = redefine_script("vm", snapshots, &files).unwrap();
-    let mut session = Session::new(&dir);
+    let mut session = Session::new(&dir, DOMAIN);
     let mut commands = script.lines().filter_map(|line| line.strip_prefix("virsh "));
     commands.by_ref().for_each(|command| {
-        let command = command.replace("\"$domain\"", "vm").replace("./", &format!("{}/", dir.display()));
-        session.add(&command);
+        session.add(&command.replace("\"$domain\"", "vm"));
     });
     session.ask();
-    let (stdout, stderr) = session.run();
+    let (answers, stderr) = session.run(&dir);
     let complaints: Vec<&str> = stderr.lines().filter(|line| !line.contains("no current snapshot")).collect();
     assert!(complaints.is_empty(), "{stderr}\n{script}");
-    assert_eq!(&answered(stdout.trim_end_matches('#')), want, "{script}");
+    assert_eq!(&virsh::tree(&answers[0]), want, "{script}");
 }
 
 #[test]
 fn random_sequences_give_libvirts_trees() {
-    if !has_virsh() {
+    if !virsh::available() {
         return;
     }
     let (sequences, steps) = if long_mode() { (200, 120) } else { (60, 30) };

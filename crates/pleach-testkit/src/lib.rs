@@ -33,6 +33,7 @@ pub mod rng;
 pub mod sim;
 pub mod tool;
 pub mod trees;
+pub mod virsh;
 
 pub use files::WorkDir;
 pub use forest::{Forest, Removal, State};

@@ -170,12 +170,6 @@ pub fn try_snapshot_digest(path: &Path, id: &str) -> Result<Digest, String> {
     hash_file(raw.path())
 }
 
-/// Digests of many nodes, two at a time, in the order given.
-#[must_use]
-pub fn try_digests(nodes: &[(&Path, Format)]) -> Vec<Result<Digest, String>> {
-    in_parallel(nodes, |(path, format)| try_digest(path, *format))
-}
-
 /// What `qemu-img check` says of a qcow2 image; a raw file is always fine.
 ///
 /// # Panics

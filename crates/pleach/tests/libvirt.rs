@@ -4,12 +4,13 @@
 //! `PLEACH_LONG=1` runs more and longer sequences, `PLEACH_SEED=…` one sequence again.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
 use pleach_testkit::files::contents;
+use pleach_testkit::oracle::qemu_img;
+use pleach_testkit::virsh::{self, Session, Tree};
 use pleach_testkit::{OnFailure, Outcome, Rng, Tool, WorkDir, chosen_seed, long_mode};
 
 const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
@@ -20,11 +21,6 @@ fn pleach(args: &[&str]) -> Outcome {
 
 fn succeed(args: &[&str]) -> String {
     Tool::new(PLEACH).succeed(args).stdout
-}
-
-fn qemu_img(args: &[&str]) {
-    let done = Command::new("qemu-img").args(args).output().unwrap();
-    assert!(done.status.success(), "qemu-img {args:?}: {}", String::from_utf8_lossy(&done.stderr));
 }
 
 /// A machine's definition with one disk, things of other people in it, and a backing file listed.
@@ -228,26 +224,19 @@ fn what_changed_in_the_tree_changes_in_the_documents() {
     );
 }
 
-type Tree = (BTreeMap<String, String>, String);
-
 fn libvirt_tree(parents: &[(&str, &str)], current: &str) -> Option<Tree> {
-    has_virsh().then(|| (parents.iter().map(|(n, p)| ((*n).into(), (*p).into())).collect(), current.into()))
-}
-
-fn has_virsh() -> bool {
-    Command::new("virsh").arg("--version").output().is_ok_and(|done| done.status.success())
+    let parent = |name: &str| Some(name.to_owned()).filter(|name| !name.is_empty());
+    let parents = parents.iter().map(|(name, of)| ((*name).to_owned(), parent(of)));
+    virsh::available().then(|| (parents.collect(), Some(current.to_owned())))
 }
 
 /// The tree that libvirt's test driver makes of an exported directory by its script, run as it is.
 fn test_driver(dir: &Path, exported: &str) -> Option<Tree> {
-    if !has_virsh() {
-        println!("skipped: there is no virsh (Debian: libvirt-clients)");
+    if !virsh::available() {
         return None;
     }
     let domain = fs::read_to_string(dir.join(exported).join("domain/vm.xml")).unwrap();
-    let off =
-        "<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain>";
-    fs::write(dir.join("node.xml"), format!("<node>{}</node>", domain.replace("</domain>", off))).unwrap();
+    let mut session = Session::new(dir, &domain);
     // The driver's memory is that of one process, so the script's calls are collected, and made by one.
     let calls = dir.join("calls");
     let bin = dir.join("bin");
@@ -259,17 +248,13 @@ fn test_driver(dir: &Path, exported: &str) -> Option<Tree> {
     let mut script = Command::new("sh");
     script.arg(dir.join(exported).join("redefine.sh")).env("PATH", paths).env("CALLS", &calls);
     assert!(script.status().unwrap().success());
-    let commands = fs::read_to_string(&calls).unwrap().replace('\n', " ");
-    let ask = "snapshot-list vm --parent; echo '|'; snapshot-current vm --name";
-    let uri = format!("test://{}", dir.join("node.xml").display());
-    let done = Command::new("virsh")
-        .args(["-q", "-c", &uri, &format!("{commands}{ask}")])
-        .current_dir(dir.join(exported))
-        .output()
-        .unwrap();
-    let stdout = String::from_utf8(done.stdout).unwrap();
-    assert!(done.stderr.is_empty(), "{}\n{commands}", String::from_utf8_lossy(&done.stderr));
-    Some(listed(&stdout))
+    for call in fs::read_to_string(&calls).unwrap().lines() {
+        session.add(call.trim_end_matches([' ', ';']));
+    }
+    session.ask();
+    let (answers, complaints) = session.run(&dir.join(exported));
+    assert_eq!(complaints, "");
+    Some(virsh::tree(&answers[0]))
 }
 
 #[test]
@@ -285,15 +270,18 @@ fn libvirt_takes_an_imported_tree_back() {
 /// Parents by name, and the current one, as `pleach tree` says.
 fn pleachs_tree(image: &str) -> Tree {
     let document = Tool::new(PLEACH).json(&["tree", image, "--json"]);
-    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
     let nodes = document["nodes"].as_array().unwrap().iter().filter(|node| node["kind"] == "snapshot");
-    (nodes.map(|node| (text(&node["name"]), text(&node["parent"]))).collect(), text(&document["current"]))
+    (
+        nodes.map(|node| (text(&node["name"]).unwrap(), text(&node["parent"]))).collect(),
+        text(&document["current"]),
+    )
 }
 
 /// The names in an image's snapshot table, as stock QEMU lists them.
 fn table(image: &str) -> Vec<String> {
-    let done = Command::new("qemu-img").args(["info", "-U", "--output=json", image]).output().unwrap();
-    let document: serde_json::Value = serde_json::from_slice(&done.stdout).unwrap();
+    let document = qemu_img(&["info", "-U", "--output=json", image]);
+    let document: serde_json::Value = serde_json::from_str(&document).unwrap();
     let all = document["snapshots"].as_array().cloned().unwrap_or_default();
     let mut names: Vec<String> = all.iter().map(|one| one["name"].as_str().unwrap().to_owned()).collect();
     names.sort();
@@ -314,7 +302,7 @@ fn operation(rng: &mut Rng, target: &str, kind: &str, tree: &Tree, number: usize
     }
     let mut flags = vec!["", "--children-only"];
     // To delete a root and all that stands on it is to delete the machine's disk.
-    flags.extend((!tree.0[name].is_empty()).then_some("--children"));
+    flags.extend(tree.0[name].is_some().then_some("--children"));
     let flag = *rng.pick(&flags);
     let mut args = vec!["delete", target, name, "--yes"];
     args.extend(Some(flag).filter(|flag| !flag.is_empty()));
@@ -324,8 +312,7 @@ fn operation(rng: &mut Rng, target: &str, kind: &str, tree: &Tree, number: usize
 
 #[test]
 fn verbs_on_real_images_make_the_trees_that_libvirt_makes() {
-    if !has_virsh() {
-        println!("skipped: there is no virsh (Debian: libvirt-clients)");
+    if !virsh::available() {
         return;
     }
     let (sequences, steps) = if long_mode() { (60, 40) } else { (4, 12) };
@@ -367,27 +354,14 @@ fn verbs_on_real_images_make_the_trees_that_libvirt_makes() {
 
 /// The trees of libvirt's test driver, after each command.
 fn libvirts_trees(dir: &Path, commands: &[String]) -> Vec<Tree> {
-    let off =
-        "<test:runstate xmlns:test='http://libvirt.org/schemas/domain/test/1.0'>5</test:runstate></domain>";
-    let node = fs::read_to_string(dir.join("vm.xml")).unwrap().replace("</domain>", off);
-    fs::write(dir.join("first.xml"), format!("<node>{node}</node>")).unwrap();
-    let ask = "snapshot-list vm --parent; echo '|'; snapshot-current vm --name; echo '#'";
-    let all: Vec<String> = commands.iter().map(|command| format!("{command}; {ask}")).collect();
-    let uri = format!("test://{}", dir.join("first.xml").display());
-    let done = Command::new("virsh").args(["-q", "-c", &uri, &all.join("; ")]).output().unwrap();
-    let stdout = String::from_utf8(done.stdout).unwrap();
-    stdout.trim_end_matches('#').split('#').map(listed).collect()
-}
-
-/// What `snapshot-list --parent`, a bar and `snapshot-current --name` print.
-fn listed(text: &str) -> Tree {
-    let (list, current) = text.split_once('|').unwrap();
-    let parents = list.lines().map(|line| {
-        let fields: Vec<&str> =
-            line.trim().split("   ").map(str::trim).filter(|one| !one.is_empty()).collect();
-        (fields[0].to_owned(), fields.get(3).copied().unwrap_or_default().to_owned())
-    });
-    (parents.collect(), current.trim().to_owned())
+    let mut session = Session::new(dir, &fs::read_to_string(dir.join("vm.xml")).unwrap());
+    for command in commands {
+        session.add(command);
+        session.ask();
+    }
+    let (answers, complaints) = session.run(dir);
+    assert_eq!(answers.len(), commands.len(), "{complaints}");
+    answers.iter().map(|answer| virsh::tree(answer)).collect()
 }
 
 #[test]
