@@ -268,7 +268,8 @@ pub fn pending(disk: &dyn Disk, directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(entries.into_iter().filter(is_journal).collect())
 }
 
-/// Removes what is left of journals that were never begun: their operations have changed nothing.
+/// Removes what is left of journals that were never begun, and of journals and catalogs that were not put in place: nothing
+/// was changed by them.
 ///
 /// # Errors
 /// What the system says.
@@ -278,7 +279,8 @@ pub(crate) fn clear_unbegun(disk: &dyn Disk, directory: &Path) -> Result<()> {
         return Ok(());
     }
     for path in disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))? {
-        if path.extension().is_some_and(|e| e == "journal-new" || e == "steps-begun") {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        if ["journal-new", "steps-begun", "steps-new", "tree-new"].contains(&extension) {
             disk.unlink(&path).map_err(|e| Error::io("remove", &path, e))?;
         }
     }

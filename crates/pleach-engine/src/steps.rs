@@ -408,6 +408,7 @@ impl OpenSteps<'_> {
         let mut total = Outcome::default();
         let mut again = resumed;
         if resumed {
+            self.clear()?;
             self.mend()?;
         }
         while let Some(step) = self.steps.steps.get(self.steps.done).cloned() {
@@ -436,6 +437,17 @@ impl OpenSteps<'_> {
     /// The steps that are done, and the one that may be half done.
     fn begun(&self) -> &[Step] {
         self.steps.steps.get(..=self.steps.done).unwrap_or(&self.steps.steps)
+    }
+
+    /// Removes what is left of new images under the names that they had until they were whole.
+    fn clear(&self) -> Result<()> {
+        for step in self.begun() {
+            if let Step::Overlay { new } | Step::Copy { new, .. } = step {
+                pleach_store::NewFile::clear(self.disk, &new.path)
+                    .map_err(|e| Error::new_file(&new.path, e))?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts in order the counts and flags of images inside which a step may have stopped half-way. An image without
@@ -479,6 +491,7 @@ impl OpenSteps<'_> {
                 .at(self.path)
                 .hint(format!("finish it: pleach resume {}", self.base.display())));
         }
+        self.clear()?;
         self.mend()?;
         for step in begun.iter().rev() {
             match step {

@@ -74,11 +74,7 @@ impl<'a> NewFile<'a> {
         if disk.stat(path).is_ok() || disk.is_symlink(path) {
             return Err(NewFileError::Exists);
         }
-        let name = path.file_name().ok_or(NewFileError::NoName)?;
-        let mut partial = OsString::from(".");
-        partial.push(name);
-        partial.push(".partial");
-        let partial = path.with_file_name(partial);
+        let partial = partial_of(path)?;
         remove_left_over(disk, &partial)?;
         let store = disk.create_new(&partial).map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => NewFileError::InUse { partial: partial.clone() },
@@ -95,6 +91,25 @@ impl<'a> NewFile<'a> {
         // On a file system without modes, what a killed run leaves is not removed.
         let _ = set_unfinished(&*made.store, true);
         Ok(made)
+    }
+
+    /// Removes what a killed run has left of the file that is `path`, or was to be. The file itself stays.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create), but for a file at `path`.
+    pub fn clear(disk: &dyn Disk, path: &Path) -> Result<(), NewFileError> {
+        let partial = partial_of(path)?;
+        let Ok(there) = disk.stat(&partial) else { return Ok(()) };
+        match disk.stat(path) {
+            Ok(whole) if whole.id == there.id => {
+                if let Ok(store) = disk.open(path, Access::Read) {
+                    let _ = set_unfinished(&*store, false);
+                }
+                disk.unlink(&partial).map_err(NewFileError::io("remove the other name of the new file"))?;
+            }
+            _ => remove_left_over(disk, &partial)?,
+        }
+        sync_home(disk, path)
     }
 
     /// The file.
@@ -134,7 +149,6 @@ impl<'a> NewFile<'a> {
         if here != self.store.stat().map_err(io("look at the new file"))?.id {
             return Err(NewFileError::InUse { partial: self.partial.clone() });
         }
-        set_unfinished(&*self.store, false).map_err(io("change the mode of the new file"))?;
         match self.disk.link(&self.partial, &self.path) {
             Ok(()) => Ok(()),
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(NewFileError::Exists),
@@ -151,8 +165,10 @@ impl<'a> NewFile<'a> {
         }
     }
 
-    /// Removes the other name, so that one flush makes both changes durable.
+    /// Removes the mark and the other name, so that one flush makes all changes durable.
     fn finish(mut self) -> Result<(), NewFileError> {
+        // The mark goes only now: without it, what a run that was killed before the name was given leaves would be nobody's.
+        let _ = set_unfinished(&*self.store, false);
         if !self.renamed {
             self.renamed = true;
             self.disk
@@ -163,8 +179,7 @@ impl<'a> NewFile<'a> {
     }
 
     fn sync_dir(&self) -> Result<(), NewFileError> {
-        let dir = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        self.disk.sync_dir(dir).map_err(NewFileError::io("flush the directory of the new file"))
+        sync_home(self.disk, &self.path)
     }
 }
 
@@ -175,6 +190,20 @@ impl Drop for NewFile<'_> {
             let _ = self.disk.unlink(&self.partial);
         }
     }
+}
+
+/// The name that the file at `path` has until it is whole.
+fn partial_of(path: &Path) -> Result<PathBuf, NewFileError> {
+    let mut partial = OsString::from(".");
+    partial.push(path.file_name().ok_or(NewFileError::NoName)?);
+    partial.push(".partial");
+    Ok(path.with_file_name(partial))
+}
+
+/// Makes the names beside `path` durable.
+fn sync_home(disk: &dyn Disk, path: &Path) -> Result<(), NewFileError> {
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    disk.sync_dir(dir).map_err(NewFileError::io("flush the directory of the new file"))
 }
 
 /// Sets or clears the mark of a file that is not whole.
@@ -245,6 +274,28 @@ mod tests {
         assert_eq!(mode & UNFINISHED, 0, "{mode:o}");
         assert!(matches!(NewFile::create(&RealDisk, &path), Err(NewFileError::Exists)));
         assert_eq!(names(dir.path()).len(), 1);
+    }
+
+    #[test]
+    fn what_is_left_of_a_file_goes_and_the_file_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let mut half = NewFile::create(&RealDisk, &path).unwrap();
+        half.store().write_at(0, b"half").unwrap();
+        half.renamed = true;
+        drop(half);
+        NewFile::clear(&RealDisk, &path).unwrap();
+        assert!(names(dir.path()).is_empty());
+        let mut both = NewFile::create(&RealDisk, &path).unwrap();
+        both.store().write_at(0, b"whole").unwrap();
+        both.name().unwrap();
+        both.renamed = true;
+        drop(both);
+        assert_eq!(names(dir.path()).len(), 2);
+        NewFile::clear(&RealDisk, &path).unwrap();
+        assert_eq!((names(dir.path()), fs::read(&path).unwrap()), (vec!["a".into()], b"whole".to_vec()));
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & UNFINISHED, 0);
+        NewFile::clear(&RealDisk, &path).unwrap();
     }
 
     #[test]
