@@ -24,7 +24,11 @@ const TASKS: &[Task] = &[
     ("tidy", "the rules that no compiler knows: crate edges, unsafe, leftovers, manifests", tidy::tidy),
     ("msrv", "nothing needs a newer Rust than Cargo.toml promises", msrv::msrv),
     ("fuzz", "fuzz [target|all] [seconds=60] [libFuzzer args]; alone: lists the targets", fuzz::fuzz),
-    ("crash", "crash [states=1000000]: kills, power losses and failing disks, on a disk in memory", crash),
+    (
+        "crash",
+        "crash [states=1000000]: kills, power losses and failing disks, in memory, so many on single images and on trees",
+        crash,
+    ),
     ("bench", "bench [criterion args]: all benches", bench),
     (
         "testdata",
@@ -76,8 +80,9 @@ fn test(args: &[String]) -> Result {
 
 fn crash(args: &[String]) -> Result {
     let states = args.first().map_or("1000000", String::as_str);
-    let test = ["test", "--release", "--package", "pleach-engine", "--test", "crash", "--", "--nocapture"];
-    run::run(cargo().args(test).env("PLEACH_CRASH_STATES", states))
+    let test =
+        ["test", "--release", "--package", "pleach-engine", "--test", "crash", "--test", "crash_trees"];
+    run::run(cargo().args(test).args(["--", "--nocapture"]).env("PLEACH_CRASH_STATES", states))
 }
 
 fn bench(args: &[String]) -> Result {
