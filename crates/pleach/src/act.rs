@@ -8,7 +8,7 @@ use pleach_store::RealDisk;
 use serde_json::json;
 
 use crate::apply;
-use crate::args::ActArgs;
+use crate::args::RunArgs;
 use crate::confirm::confirm;
 use crate::delete::View;
 use crate::output;
@@ -24,12 +24,12 @@ pub(crate) fn start_jobs(jobs: Option<usize>) -> Result<()> {
 }
 
 /// Shows a plan, or asks and carries it out, as `args` say.
-pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &ActArgs) -> Result<ExitCode> {
+pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &RunArgs) -> Result<ExitCode> {
     if let Some(file) = &args.plan {
         apply::save(file, view, &prepared)?;
     }
     if !args.changes() {
-        if args.json {
+        if args.act.json {
             output::document(&json!({ "schema": 1, "plan": view.object(&prepared.plan, None) }));
         } else {
             output::print(&view.text(&prepared.plan));
@@ -39,16 +39,16 @@ pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &ActArgs) -> 
     if let Some(saved) = &args.expected {
         saved.must_be(view, &prepared)?;
     }
-    if !args.yes {
+    if !args.act.yes {
         confirm(&view.text(&prepared.plan))?;
     }
     let plan = prepared.plan.clone();
-    let watch = Arc::new(Watch::limited(args.pace.bandwidth));
-    let progress = Progress::start(args.pace.progress.show, &watch);
+    let watch = Arc::new(Watch::limited(args.act.pace.bandwidth));
+    let progress = Progress::start(args.act.pace.progress.show, &watch);
     let outcome = execute(&RealDisk, view.survey, prepared, &watch);
     drop(progress);
     let outcome = outcome?;
-    if args.json {
+    if args.act.json {
         output::document(&json!({ "schema": 1, "plan": view.object(&plan, Some(outcome)) }));
     } else {
         output::print(&view.done(&plan, outcome));

@@ -98,14 +98,15 @@ pub(crate) fn run(args: &ApplyArgs) -> Result<ExitCode> {
         return Err(Error::new(ErrorKind::Unsupported, "was saved by another version").at(&args.file));
     }
     let mut command = parse_words(&saved.command).ok_or_else(no_plan)?;
-    let act = command.act().ok_or_else(no_plan)?;
+    let run = command.plan().ok_or_else(no_plan)?;
+    let act = &mut run.act;
     act.yes = true;
     act.json = args.json;
     act.pace.progress.show = args.pace.progress.show;
     act.pace.bandwidth = args.pace.bandwidth.or(act.pace.bandwidth);
     act.pace.jobs = args.pace.jobs.or(act.pace.jobs);
     let directory = saved.directory.clone();
-    act.expected = Some(saved);
+    run.expected = Some(saved);
     std::env::set_current_dir(&directory)
         .map_err(|e| Error::io("enter the directory of the plan", &directory, e))?;
     crate::run(command).1

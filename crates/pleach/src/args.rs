@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use pleach_engine::survey::{FileFormat, Trust};
+use pleach_engine::{Error, ErrorKind};
 
 use crate::progress::Show;
 
@@ -669,7 +670,7 @@ pub(crate) struct DeleteArgs {
     #[arg(long)]
     pub(crate) yes_everything: bool,
     #[command(flatten)]
-    pub(crate) act: ActArgs,
+    pub(crate) run: RunArgs,
 }
 
 /// How progress is shown.
@@ -702,12 +703,6 @@ pub(crate) struct ActArgs {
     /// Do it without asking
     #[arg(short, long)]
     pub(crate) yes: bool,
-    /// Save the plan in this new file, and stop; "pleach apply FILE" carries it out
-    #[arg(long, value_name = "FILE")]
-    pub(crate) plan: Option<PathBuf>,
-    /// The plan that this must be.
-    #[arg(skip)]
-    pub(crate) expected: Option<crate::apply::Saved>,
     #[command(flatten)]
     pub(crate) pace: PaceArgs,
     /// Print exact sizes
@@ -718,21 +713,46 @@ pub(crate) struct ActArgs {
     pub(crate) json: bool,
 }
 
-impl ActArgs {
+/// The same of a plan that can be saved.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    #[command(flatten)]
+    pub(crate) act: ActArgs,
+    /// Save the plan in this new file, and stop; "pleach apply FILE" carries it out
+    #[arg(long, value_name = "FILE")]
+    pub(crate) plan: Option<PathBuf>,
+    /// The plan that this must be.
+    #[arg(skip)]
+    pub(crate) expected: Option<crate::apply::Saved>,
+}
+
+impl RunArgs {
     /// Whether anything is to be changed.
     pub(crate) fn changes(&self) -> bool {
-        !self.dry_run && self.plan.is_none()
+        !self.act.dry_run && self.plan.is_none()
+    }
+
+    /// How a plan for a tree with a catalog is carried out.
+    ///
+    /// # Errors
+    /// Such plans are not saved, nor compared with one that was.
+    pub(crate) fn in_tree(&self) -> pleach_engine::Result<&ActArgs> {
+        if self.plan.is_none() && self.expected.is_none() {
+            return Ok(&self.act);
+        }
+        let text = "plans for trees with a catalog can neither be saved nor applied";
+        Err(Error::new(ErrorKind::Unsupported, text).hint("-n shows the plan"))
     }
 }
 
 impl Command {
     /// How the plan of this command is carried out, if it has one that can be saved.
-    pub(crate) fn act(&mut self) -> Option<&mut ActArgs> {
+    pub(crate) fn plan(&mut self) -> Option<&mut RunArgs> {
         match self {
-            Self::Delete(args) => Some(&mut args.act),
-            Self::Merge(args) => Some(&mut args.act),
-            Self::Squash(args) => Some(&mut args.act),
-            Self::Rebase(args) => Some(&mut args.act),
+            Self::Delete(args) => Some(&mut args.run),
+            Self::Merge(args) => Some(&mut args.run),
+            Self::Squash(args) => Some(&mut args.run),
+            Self::Rebase(args) => Some(&mut args.run),
             _ => None,
         }
     }
@@ -766,7 +786,7 @@ pub(crate) struct MergeArgs {
     #[command(flatten)]
     pub(crate) place: PlaceArgs,
     #[command(flatten)]
-    pub(crate) act: ActArgs,
+    pub(crate) run: RunArgs,
 }
 
 #[derive(Debug, Args)]
@@ -778,7 +798,7 @@ pub(crate) struct SquashArgs {
     /// The last one, which stands on it, directly or not, and whose content and name stay
     pub(crate) last: String,
     #[command(flatten)]
-    pub(crate) act: ActArgs,
+    pub(crate) run: RunArgs,
 }
 
 #[derive(Debug, Args)]
@@ -796,7 +816,7 @@ pub(crate) struct RebaseArgs {
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = format)]
     pub(crate) backing_format: Option<FileFormat>,
     #[command(flatten)]
-    pub(crate) act: ActArgs,
+    pub(crate) run: RunArgs,
     #[command(flatten)]
     pub(crate) trust: TrustArgs,
 }

@@ -20,7 +20,7 @@ use crate::target::{Target, directory};
 use crate::{job, size};
 
 pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
-    start_jobs(args.act.pace.jobs)?;
+    start_jobs(args.run.act.pace.jobs)?;
     let target = Target::named(&args.on)?;
     if let Some(tree) = tree_of(args, &target)? {
         return in_tree(args, &tree);
@@ -41,9 +41,9 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
         keep: args.keep.clone(),
         whole_tree: args.yes_everything,
     };
-    let prepared = prepare(&RealDisk, &survey, &family, &request, args.act.changes())?;
-    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Delete };
-    carry_out(&view, prepared, &args.act)
+    let prepared = prepare(&RealDisk, &survey, &family, &request, args.run.changes())?;
+    let view = View { survey: &survey, base: &target.base, bytes: args.run.act.bytes, verb: Verb::Delete };
+    carry_out(&view, prepared, &args.run)
 }
 
 /// The tree in which the node is to be deleted: that of a catalog, or of one that the deletion needs. None where the
@@ -69,6 +69,7 @@ fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<Tree>> {
 
 /// Deletes a node of a tree that has a catalog.
 fn in_tree(args: &DeleteArgs, tree: &Tree) -> Result<ExitCode> {
+    let act = args.run.in_tree()?;
     let planned = if args.metadata {
         forget(&RealDisk, tree, &args.name, mode(args))?
     } else {
@@ -83,7 +84,7 @@ fn in_tree(args: &DeleteArgs, tree: &Tree) -> Result<ExitCode> {
         remove(&RealDisk, tree, &request)?
     };
     let planned = if tree.catalog.is_new() { planned.without_new_catalog() } else { planned };
-    job::carry_out(tree, planned, &args.act, true, &job::Said::Report)
+    job::carry_out(tree, planned, act, true, &job::Said::Report)
 }
 
 /// Which nodes go.

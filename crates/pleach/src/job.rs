@@ -44,10 +44,6 @@ pub(crate) fn carry_out(
     said: &Said<'_>,
 ) -> Result<ExitCode> {
     start_jobs(args.pace.jobs)?;
-    if args.plan.is_some() {
-        let text = "plans for trees with a catalog cannot be saved";
-        return Err(Error::new(ErrorKind::Unsupported, text).hint("-n shows the plan"));
-    }
     let view = JobView { tree, job: &job, bytes: args.bytes };
     for difference in &tree.differences {
         eprintln!("note: {difference}");

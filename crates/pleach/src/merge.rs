@@ -9,12 +9,12 @@ use pleach_engine::{Error, ErrorKind, Keep, Result, prepare_merge};
 use pleach_store::RealDisk;
 
 use crate::act::{carry_out, start_jobs};
-use crate::args::{ActArgs, MergeArgs, SquashArgs};
+use crate::args::{MergeArgs, RunArgs, SquashArgs};
 use crate::delete::{Verb, View};
 use crate::target::{Target, directory};
 
 pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
-    start_jobs(args.act.pace.jobs)?;
+    start_jobs(args.run.act.pace.jobs)?;
     let target = Target::of(&args.top, &args.place.also)?;
     let mut survey = target.survey(&args.place.trust())?;
     let find = |survey: &Survey, path: &Path| {
@@ -25,11 +25,11 @@ pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
     // The lowermost image may be named from the uppermost's directory, as in a header.
     let beside = directory(&args.top).join(&args.into);
     let base = find(&survey, &args.into).or_else(|error| find(&survey, &beside).map_err(|_| error))?;
-    merge(&target, &mut survey, (top, base), &args.keep, &args.act)
+    merge(&target, &mut survey, (top, base), &args.keep, &args.run)
 }
 
 pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
-    start_jobs(args.act.pace.jobs)?;
+    start_jobs(args.run.act.pace.jobs)?;
     let target = Target::named(&args.on)?;
     let mut survey = target.survey(&args.on.place.trust())?;
     let family = target.family(&survey)?;
@@ -41,7 +41,7 @@ pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
         }
     };
     let run = (file(&args.last)?, file(&args.first)?);
-    merge(&target, &mut survey, run, &Keep::Child, &args.act)
+    merge(&target, &mut survey, run, &Keep::Child, &args.run)
 }
 
 fn merge(
@@ -49,7 +49,7 @@ fn merge(
     survey: &mut Survey,
     run: (usize, usize),
     keep: &Keep,
-    act: &ActArgs,
+    how: &RunArgs,
 ) -> Result<ExitCode> {
     // What stands on a file of the run may lie beside it, wherever that is.
     for index in survey.chain(run.0)? {
@@ -57,7 +57,7 @@ fn merge(
             survey.also_directory(&RealDisk, &home)?;
         }
     }
-    let prepared = prepare_merge(&RealDisk, survey, run, keep, act.changes())?;
-    let view = View { survey, base: &target.base, bytes: act.bytes, verb: Verb::Merge };
-    carry_out(&view, prepared, act)
+    let prepared = prepare_merge(&RealDisk, survey, run, keep, how.changes())?;
+    let view = View { survey, base: &target.base, bytes: how.act.bytes, verb: Verb::Merge };
+    carry_out(&view, prepared, how)
 }

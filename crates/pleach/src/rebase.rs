@@ -14,7 +14,7 @@ use crate::output;
 use crate::target::{Target, directory};
 
 pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode> {
-    start_jobs(args.act.pace.jobs)?;
+    start_jobs(args.run.act.pace.jobs)?;
     let target = Target::of(&args.image, &[])?;
     let Some(path) = &target.image else {
         return Err(Error::new(ErrorKind::Usage, "is a directory, not an image").at(&args.image));
@@ -29,9 +29,9 @@ pub(crate) fn run(args: &RebaseArgs) -> Result<ExitCode> {
         Some(base) => Some(onto(args, &mut survey, image, base)?),
     };
     let request = RebaseRequest { image, onto, unchecked: args.unchecked };
-    let prepared = prepare_rebase(&RealDisk, &survey, &request, args.act.changes())?;
-    let view = View { survey: &survey, base: &target.base, bytes: args.act.bytes, verb: Verb::Rebase };
-    carry_out(&view, prepared, &args.act)
+    let prepared = prepare_rebase(&RealDisk, &survey, &request, args.run.changes())?;
+    let view = View { survey: &survey, base: &target.base, bytes: args.run.act.bytes, verb: Verb::Rebase };
+    carry_out(&view, prepared, &args.run)
 }
 
 /// The file that `name` means: from the image's directory, as in its header, or from here.

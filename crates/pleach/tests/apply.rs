@@ -70,6 +70,26 @@ fn a_saved_plan_is_carried_out_as_it_is_or_not_at_all() {
 }
 
 #[test]
+fn plans_are_not_for_trees_with_a_catalog() {
+    let work = WorkDir::new("apply-catalog");
+    let dir = work.join("images");
+    std::fs::create_dir(&dir).unwrap();
+    chain(&dir);
+    let plan = work.join("plan.json");
+    let delete = ["delete", text(&dir), "c", "--plan"];
+    Tool::new(PLEACH).succeed(&[&delete[..], &[text(&plan)]].concat());
+    Tool::new(PLEACH).succeed(&["snapshot", text(&dir), "e"]);
+    let files = listing(&dir);
+    let again = work.join("again.json");
+    for words in [&["apply", text(&plan)][..], &[&delete[..], &[text(&again)]].concat()] {
+        let outcome = Tool::new(PLEACH).run(words);
+        assert_eq!(outcome.code, Some(8), "{}", outcome.text());
+        assert_eq!(listing(&dir), files, "{words:?}");
+    }
+    assert!(!again.exists());
+}
+
+#[test]
 fn bandwidth_is_a_limit_and_what_is_no_plan_is_refused() {
     let work = WorkDir::new("bandwidth");
     chain(&work);
