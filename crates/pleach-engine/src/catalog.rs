@@ -28,17 +28,17 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use pleach_image::escape;
-use pleach_lineage::{Kind, Record, RecordError, Storage};
+use pleach_lineage::{Kind, Record, RecordError, Storage, record};
 use pleach_store::{Access, Disk, FileId};
 
 use crate::journal::{DIRECTORY, directory_of, encoded};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, signpost};
 
 /// Longest catalog that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 30;
 /// Longest name of a tree, in bytes: its files are called that, with endings.
 const MAX_NAME: usize = 200;
-const EXTENSION: &str = "tree";
+pub(crate) const EXTENSION: &str = "tree";
 
 /// A catalog, and the file that it came from.
 #[derive(Clone, Debug)]
@@ -54,7 +54,7 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// The catalogs in a directory of images, sorted by name.
+    /// The catalogs of a directory of images, sorted by name; then those elsewhere that name some of its images.
     ///
     /// # Errors
     /// What the system says.
@@ -64,7 +64,8 @@ impl Catalog {
             return Ok(Vec::new());
         }
         let entries = disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))?;
-        Ok(entries.into_iter().filter(|p| p.extension() == Some(OsStr::new(EXTENSION))).collect())
+        let here = entries.into_iter().filter(|p| p.extension() == Some(OsStr::new(EXTENSION)));
+        Ok(here.chain(signpost::follow(disk, images)?).collect())
     }
 
     /// Where the catalog of the tree `name` is, if the images are in the directory `images`.
@@ -99,7 +100,7 @@ impl Catalog {
                 RecordError::Version { .. } => Error::new(ErrorKind::Unsupported, e.to_string())
                     .hint("use the version of pleach that wrote it"),
                 _ => Error::new(ErrorKind::Corrupt, e.to_string())
-                    .hint("remove the file, and rebuild it from the images: pleach scan DIR --write"),
+                    .hint("move the file away, so that it is kept, then rebuild it from the images: pleach scan DIR --write"),
             };
             error.at(path)
         })?;
@@ -156,6 +157,11 @@ impl Catalog {
         replace(disk, &self.path, text.as_bytes())?;
         // Whoever made the directory may have gone before this.
         disk.sync_dir(&self.base).map_err(|e| Error::io("flush the directory", &self.base, e))?;
+        for (path, text) in signpost::missing(disk, self, &self.record)? {
+            let dir = directory_of(&path);
+            disk.make_dir(&dir).map_err(|e| Error::io("make the directory of the sign", &dir, e))?;
+            replace(disk, &path, text.as_bytes())?;
+        }
         self.text = text;
         Ok(())
     }
@@ -166,6 +172,9 @@ impl Catalog {
     /// What the system says.
     pub fn remove(self, disk: &dyn Disk) -> Result<()> {
         let dir = directory_of(&self.path);
+        for sign in signpost::leading_to(disk, &self)? {
+            disk.unlink(&sign).map_err(|e| Error::io("remove", &sign, e))?;
+        }
         disk.unlink(&self.path).map_err(|e| Error::io("remove", &self.path, e))?;
         disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
         // Other catalogs may be in it.
@@ -219,6 +228,20 @@ pub struct Kept {
     pub what: String,
     /// Whether it is a snapshot, which must not change any more.
     pub frozen: bool,
+}
+
+/// The files that the catalogs of the directory `images` call raw, those of damaged catalogs too.
+///
+/// # Errors
+/// What the system says.
+pub(crate) fn raw_files(disk: &dyn Disk, images: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for path in Catalog::list(disk, images)? {
+        let bytes = read(disk, &path)?;
+        let base = directory_of(&directory_of(&path));
+        found.extend(record::raw_files(&bytes).iter().map(|file| base.join(encoded::path(file))));
+    }
+    Ok(found)
 }
 
 /// What the catalogs of the directory `images` keep in the active state of the image `file`.

@@ -14,7 +14,8 @@ use pleach_store::{Access, Disk, FileId, Store};
 use rayon::prelude::*;
 
 use crate::delete::{
-    DeletePlan, Direction, Merge, Naming, Prepared, Rebase, StateFill, Work, directories, still_read,
+    DeletePlan, Direction, Merge, Naming, Prepared, Rebase, StateFill, Work, directories, freed_by,
+    still_read,
 };
 use crate::journal::{Intent, Journal, JournalImage, NewBacking, directory_of};
 use crate::open::OpenFiles;
@@ -215,19 +216,18 @@ fn remove(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Outcome
     Ok(outcome)
 }
 
-/// Removes the name of one file, after a last look whether anything reads it. Returns the bytes that it took on disk.
+/// Removes the name of one file, after a last look whether anything reads it. Returns the bytes that it took on disk
+/// when it was found: on tmpfs, reading a hole takes some.
 fn unlink(disk: &dyn Disk, survey: &Survey, index: usize) -> Result<u64> {
     let Some(file) = survey.files.get(index) else { return Ok(0) };
-    let stat = match disk.stat(&file.path) {
-        Ok(stat) if stat.id == file.stat.id => stat,
-        _ => return Ok(0),
-    };
-    let freed = if stat.links > 1 { 0 } else { stat.allocated };
+    if !disk.stat(&file.path).is_ok_and(|stat| stat.id == file.stat.id) {
+        return Ok(0);
+    }
     nobody_reads(disk, &survey.directories, file.stat.id, &[])?;
     disk.unlink(&file.path).map_err(|e| Error::io("remove", &file.path, e))?;
     let dir = directory_of(&file.path);
     disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
-    Ok(freed)
+    Ok(freed_by(file))
 }
 
 /// Looks again at every image for readers of `file` other than those in `known`.
@@ -769,9 +769,7 @@ fn rename_all(
     naming: &Naming,
     journal: &mut Journal<'_>,
 ) -> Result<Outcome> {
-    let freed = |index: usize| {
-        disk.stat(path_of(survey, index)).map_or(0, |s| if s.links > 1 { 0 } else { s.allocated })
-    };
+    let freed = |index: usize| survey.files.get(index).map_or(0, freed_by);
     let victim_path = path_of(survey, victim);
     let id = |index: usize| survey.files.get(index).map(|f| f.stat.id);
     let victim_id = id(victim).unwrap_or(FileId { device: 0, inode: 0 });

@@ -280,7 +280,7 @@ pub(crate) fn clear_unbegun(disk: &dyn Disk, directory: &Path) -> Result<()> {
     }
     for path in disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))? {
         let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        if ["journal-new", "steps-begun", "steps-new", "tree-new"].contains(&extension) {
+        if ["journal-new", "steps-begun", "steps-new", "tree-new", "elsewhere-new"].contains(&extension) {
             disk.unlink(&path).map_err(|e| Error::io("remove", &path, e))?;
         }
     }

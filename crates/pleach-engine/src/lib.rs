@@ -53,6 +53,7 @@ mod reconcile;
 mod repair;
 mod resume;
 mod scan;
+mod signpost;
 mod sizes;
 mod source;
 mod steps;

@@ -48,6 +48,7 @@ pub(crate) fn reconcile(
         forgotten: BTreeMap::new(),
         seeds,
         taken: BTreeSet::new(),
+        root: None,
         found: Reconciled::default(),
     };
     look.resolve();
@@ -55,6 +56,7 @@ pub(crate) fn reconcile(
     look.adopt()?;
     look.thaw()?;
     look.correct_parents();
+    look.remember_formats();
     Ok(look.found)
 }
 
@@ -75,6 +77,8 @@ struct Look<'a> {
     forgotten: BTreeMap<(usize, Option<usize>), Option<String>>,
     seeds: &'a [(String, PathBuf)],
     taken: BTreeSet<String>,
+    /// In a new catalog, the node of the first disk's root image: the root images of the other disks are its too.
+    root: Option<String>,
     found: Reconciled,
 }
 
@@ -342,6 +346,22 @@ impl<'a> Look<'a> {
     ) -> Result<String> {
         let path = self.entry(file).map(|f| f.path.clone()).unwrap_or_default();
         let shown = self.catalog.name_of(self.disk, &path)?;
+        let is_root = self.catalog.is_new() && kind == Kind::Snapshot && parent.is_none();
+        let root = self.root.clone().filter(|_| is_root);
+        if let Some(node) = root.and_then(|root| self.record().find_mut(&root))
+            && node.storage_of(disk).is_none()
+        {
+            let name = node.name.clone();
+            node.storage.push((disk.to_owned(), Storage::External { file: shown.clone() }));
+            self.note(format!(
+                "the image \"{}\" was not known: it is now the state of disk {disk} in {}",
+                escape(shown.as_bytes()),
+                quoted(&name)
+            ));
+            self.names.insert(shown, Some(file));
+            self.owners.insert(file, name.clone());
+            return Ok(name);
+        }
         let stem = escape(path.file_stem().unwrap_or_default().as_encoded_bytes());
         let name = self.new_name(&stem, &shown);
         self.note(format!(
@@ -354,6 +374,9 @@ impl<'a> Look<'a> {
         let storage = vec![(disk.to_owned(), Storage::External { file: shown })];
         let node = NodeRecord { parent, parent_guessed, storage, ..NodeRecord::new(name.clone(), kind) };
         self.record().nodes.push(node);
+        if is_root {
+            self.root.get_or_insert_with(|| name.clone());
+        }
         Ok(name)
     }
 
@@ -445,6 +468,19 @@ impl<'a> Look<'a> {
         Ok(())
     }
 
+    /// The record says which of its files are raw; those that are not there stay what they were.
+    fn remember_formats(&mut self) {
+        let record = &self.catalog.record;
+        let raw = record.files().into_iter().filter(|&file| {
+            match self.names.get(file).copied().flatten().and_then(|at| self.entry(at)) {
+                Some(found) => found.format == FileFormat::Raw,
+                None => record.raw.contains(file),
+            }
+        });
+        let raw = raw.map(str::to_owned).collect();
+        self.record().raw = raw;
+    }
+
     /// A node stands on the node whose file backs its own.
     fn correct_parents(&mut self) {
         let mut parents: BTreeMap<String, Option<String>> =
@@ -460,12 +496,20 @@ impl<'a> Look<'a> {
             }
             false
         };
-        for (file, name) in self.owners.clone() {
-            let Some(on) = self.below(file) else { continue };
+        // What the images of each node stand on. Those of several disks may stand on different nodes.
+        let mut suggested: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (&file, name) in &self.owners {
+            if let Some(on) = self.below(file) {
+                suggested.entry(name.clone()).or_default().push(on);
+            }
+        }
+        for (name, all) in suggested {
             let parent = parents.get(&name).cloned().flatten();
-            if parent.as_deref() == Some(&*on) || above(&parents, parent.as_deref(), &on) {
+            // The parent that is known stays if the image of any disk bears it out.
+            if all.iter().any(|on| above(&parents, parent.as_deref(), on)) {
                 continue;
             }
+            let Some(on) = all.into_iter().next() else { continue };
             if on == name || above(&parents, Some(&on), &name) {
                 self.note(format!(
                     "{} should stand on {}, which stands on it: the catalog is kept",

@@ -13,7 +13,7 @@ use pleach_store::{Access, Disk, Role};
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{read, replace};
-use crate::convert::{self, NewImage, Target};
+use crate::convert::{self, Converted, NewImage, Target};
 use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{execute, nobody_reads};
 use crate::internal::Internal;
@@ -22,7 +22,7 @@ use crate::leaks::mend;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
 use crate::source::{Source, SourceOptions};
 use crate::survey::{Backing, FileFormat, Survey, Trust};
-use crate::{Error, ErrorKind, Outcome, Result, Watch};
+use crate::{Error, ErrorKind, Outcome, Result, Watch, open_writer_alone};
 
 const VERSION: u32 = 1;
 
@@ -84,6 +84,16 @@ pub(crate) enum Step {
         /// The image.
         new: NewFile,
     },
+    /// Adds an empty bitmap that records to an image that was made.
+    Bitmap {
+        /// The image.
+        #[serde(with = "encoded")]
+        path: PathBuf,
+        /// Its name, hexadecimal.
+        name: String,
+        /// Guest bytes a bit.
+        granularity: u64,
+    },
     /// Makes an image with the content of an internal snapshot.
     Copy {
         /// The image.
@@ -138,6 +148,14 @@ pub(crate) enum Step {
         /// The image.
         image: JournalImage,
     },
+    /// Puts up a sign that says where the catalog is.
+    Sign {
+        /// The file.
+        #[serde(with = "encoded")]
+        path: PathBuf,
+        /// What it says.
+        text: String,
+    },
     /// Replaces the catalog.
     Save {
         /// The file.
@@ -146,7 +164,7 @@ pub(crate) enum Step {
         /// What it says then.
         text: String,
     },
-    /// Removes the catalog.
+    /// Removes the catalog, or a sign.
     Forget {
         /// The file.
         #[serde(with = "encoded")]
@@ -207,15 +225,28 @@ impl Step {
         Self::Relabel { inner, to: hex(to) }
     }
 
+    /// Adds an empty bitmap to the image at `path`.
+    pub(crate) fn bitmap(path: PathBuf, name: &[u8], granularity: u64) -> Self {
+        Self::Bitmap { path, name: hex(name), granularity }
+    }
+
     /// Whether what it has made can be taken away again.
     fn can_be_undone(&self) -> bool {
-        matches!(self, Self::Overlay { .. } | Self::Copy { .. } | Self::Take { .. })
+        matches!(
+            self,
+            Self::Overlay { .. }
+                | Self::Bitmap { .. }
+                | Self::Copy { .. }
+                | Self::Take { .. }
+                | Self::Sign { .. }
+        )
     }
 
     /// Calls `change` with every path.
     fn map(&mut self, change: &impl Fn(&mut PathBuf)) {
         match self {
             Self::Overlay { new } => change(&mut new.path),
+            Self::Bitmap { path, .. } => change(path),
             Self::Copy { new, from } => {
                 change(&mut new.path);
                 change(&mut from.image.path);
@@ -233,7 +264,7 @@ impl Step {
                 onto.iter_mut().for_each(|onto| change(&mut onto.path));
             }
             Self::Remove { image } => change(&mut image.path),
-            Self::Save { path, .. } | Self::Forget { path } => change(path),
+            Self::Sign { path, .. } | Self::Save { path, .. } | Self::Forget { path } => change(path),
         }
     }
 }
@@ -242,6 +273,24 @@ impl Steps {
     /// An operation of which nothing is done.
     pub(crate) fn new(what: String, directories: Vec<PathBuf>) -> Self {
         Self { version: VERSION, what, directories, done: 0, steps: Vec::new() }
+    }
+
+    /// Bytes that it copies out of internal snapshots into new images. What is to be copied is read.
+    ///
+    /// # Errors
+    /// An image that cannot be read.
+    pub(crate) fn bytes_copied(&self, disk: &dyn Disk) -> Result<u64> {
+        let watch = Watch::new();
+        let one = |step: &Step| match step {
+            Step::Copy { new, from } => {
+                let make = |source: &Chain, target: &Target<'_>| {
+                    convert::rehearse(source, &new.path, target, &watch)
+                };
+                copied(disk, new, from, make)
+            }
+            _ => Ok(0),
+        };
+        self.steps.iter().map(one).sum()
     }
 
     fn encode(&self, base: &Path) -> Result<String> {
@@ -462,6 +511,11 @@ impl OpenSteps<'_> {
             {
                 mend(self.disk, &inner.image.path)?;
             }
+            if let Step::Bitmap { path, .. } = step
+                && self.disk.stat(path).is_ok()
+            {
+                mend(self.disk, path)?;
+            }
         }
         Ok(())
     }
@@ -498,6 +552,11 @@ impl OpenSteps<'_> {
                 Step::Overlay { new } | Step::Copy { new, .. } if disk.stat(&new.path).is_ok() => {
                     self.remove_new(step, new)?;
                 }
+                Step::Sign { path, text }
+                    if disk.stat(path).is_ok() && read(disk, path)? == text.as_bytes() =>
+                {
+                    unlink(disk, path)?;
+                }
                 Step::Take { inner, .. } if self.has(inner)? => {
                     let image = Internal::open(disk, &inner.image.path)?;
                     image.delete(&inner.id())?;
@@ -531,6 +590,13 @@ impl OpenSteps<'_> {
         let disk = self.disk;
         Ok(match step {
             Step::Overlay { new } | Step::Copy { new, .. } => disk.stat(&new.path).is_ok(),
+            Step::Bitmap { path, name, .. } => {
+                let wrap = |e| Error::image(path, e);
+                let store =
+                    disk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
+                let all = Image::open(store).and_then(|image| image.bitmaps()).map_err(wrap)?;
+                all.iter().any(|bitmap| hex(&bitmap.name) == *name)
+            }
             Step::Take { inner, .. } => self.has(inner)?,
             Step::Drop { inner } => here(disk, &inner.image) && !self.has(inner)?,
             Step::Relabel { inner, to } => {
@@ -553,7 +619,9 @@ impl OpenSteps<'_> {
                 }
             }
             Step::Remove { image } => !here(disk, image),
-            Step::Save { path, text } => disk.stat(path).is_ok() && read(disk, path)? == text.as_bytes(),
+            Step::Sign { path, text } | Step::Save { path, text } => {
+                disk.stat(path).is_ok() && read(disk, path)? == text.as_bytes()
+            }
             Step::Forget { path } => disk.stat(path).is_err(),
             Step::Apply { .. } => false,
         })
@@ -582,6 +650,12 @@ impl OpenSteps<'_> {
         match step {
             Step::Overlay { new } => {
                 create(disk, &new.path, &new.options()).map_err(|e| Error::image(&new.path, e))?;
+                Ok(none)
+            }
+            Step::Bitmap { path, name, granularity } => {
+                let writer = open_writer_alone(disk, path)?;
+                let added = writer.add_bitmap(&unhex(name), Some(*granularity), true);
+                added.and_then(|()| writer.close()).map_err(|e| Error::image(path, e))?;
                 Ok(none)
             }
             Step::Copy { new, from } => self.copy(new, from, watch),
@@ -629,12 +703,20 @@ impl OpenSteps<'_> {
                 unlink(disk, &image.path)?;
                 Ok(Outcome { bytes_freed: if stat.links > 1 { 0 } else { stat.allocated }, ..none })
             }
+            Step::Sign { path, text } => {
+                let dir = directory_of(path);
+                disk.make_dir(&dir).map_err(|e| Error::io("make the directory of the sign", &dir, e))?;
+                replace(disk, path, text.as_bytes())?;
+                Ok(none)
+            }
             Step::Save { path, text } => {
                 replace(disk, path, text.as_bytes())?;
                 Ok(none)
             }
             Step::Forget { path } => {
                 unlink(disk, path)?;
+                // Other signs, catalogs and journals may be in it.
+                let _ = disk.remove_dir(&directory_of(path));
                 Ok(none)
             }
         }
@@ -649,21 +731,11 @@ impl OpenSteps<'_> {
     }
 
     fn copy(&self, new: &NewFile, from: &Inner, watch: &Watch) -> Result<Outcome> {
-        let disk = self.disk;
-        let trust = Trust { everything: true, ..Trust::default() };
-        let id = String::from_utf8_lossy(&from.id()).into_owned();
-        let options = SourceOptions { snapshot: Some(id), trust, ..SourceOptions::default() };
-        let source = Source::open(disk, &from.image.path, &options)?;
-        let layers = source.chain.paths().iter().cloned().zip(source.chain.layers().iter().cloned());
-        let below = Chain::with_paths(layers.skip(1).collect());
-        let target = Target::Qcow2(NewImage {
-            options: new.options(),
-            below: new.backing.is_some().then_some(&below),
-            compress: None,
-            bitmaps: None,
-        });
-        let made = convert::convert(disk, &source.chain, &new.path, &target, watch)?;
-        Ok(Outcome { bytes_written: made.written, ..Outcome::default() })
+        let make = |source: &Chain, target: &Target<'_>| {
+            convert::convert(self.disk, source, &new.path, target, watch)
+        };
+        let written = copied(self.disk, new, from, make)?;
+        Ok(Outcome { bytes_written: written, ..Outcome::default() })
     }
 
     /// All images, as the last look before something goes takes them.
@@ -725,6 +797,28 @@ impl OpenSteps<'_> {
     }
 }
 
+/// Bytes that `make` writes for the new image with the content of the snapshot `from`.
+fn copied(
+    disk: &dyn Disk,
+    new: &NewFile,
+    from: &Inner,
+    make: impl FnOnce(&Chain, &Target<'_>) -> Result<Converted>,
+) -> Result<u64> {
+    let trust = Trust { everything: true, ..Trust::default() };
+    let id = String::from_utf8_lossy(&from.id()).into_owned();
+    let options = SourceOptions { snapshot: Some(id), trust, ..SourceOptions::default() };
+    let source = Source::open(disk, &from.image.path, &options)?;
+    let layers = source.chain.paths().iter().cloned().zip(source.chain.layers().iter().cloned());
+    let below = Chain::with_paths(layers.skip(1).collect());
+    let target = Target::Qcow2(NewImage {
+        options: new.options(),
+        below: new.backing.is_some().then_some(&below),
+        compress: None,
+        bitmaps: None,
+    });
+    Ok(make(&source.chain, &target)?.written)
+}
+
 /// Whether the image is where the journal says.
 fn here(disk: &dyn Disk, image: &JournalImage) -> bool {
     disk.stat(&image.path).is_ok_and(|s| image.is(&s))
@@ -751,4 +845,34 @@ fn unhex(text: &str) -> Vec<u8> {
         .chunks_exact(2)
         .filter_map(|pair| u8::from_str_radix(str::from_utf8(pair).ok()?, 16).ok())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use pleach_store::RealDisk;
+
+    use super::*;
+
+    #[test]
+    fn what_a_killed_run_has_left_of_a_new_file_is_taken_back_with_it() {
+        for whole in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let base = dir.path().canonicalize().unwrap();
+            let (path, partial) = (base.join("a.qcow2"), base.join(".a.qcow2.partial"));
+            let new = NewFile::new(path.clone(), None, 1 << 20, 16);
+            let mut steps = Steps::new("snapshot \"a\"".to_owned(), vec![base.clone()]);
+            if whole {
+                // Killed before its other name went.
+                create(&RealDisk, &path, &new.options()).unwrap();
+                std::fs::hard_link(&path, &partial).unwrap();
+            } else {
+                std::fs::write(&partial, "").unwrap();
+            }
+            steps.steps.push(Step::Overlay { new });
+            let journal = place(&base.join(".pleach/vm.tree"));
+            begin(&RealDisk, &journal, &steps.encode(&base).unwrap(), &base).unwrap();
+            undo(&RealDisk, &journal).unwrap();
+            assert_eq!(std::fs::read_dir(&base).unwrap().count(), 0, "{whole}");
+        }
+    }
 }

@@ -1,6 +1,6 @@
 //! Which images there are, and which file each of them reads: found by looking, not by trusting names.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +9,7 @@ use pleach_image::{Image, backing_path, escape, read_head};
 use pleach_lineage::Reads;
 use pleach_store::{Access, Disk, FileId, FileKind, Stat, Store};
 
+use crate::catalog::raw_files;
 pub use crate::trust::Trust;
 use crate::trust::{Roots, named_format};
 use crate::{Error, ErrorKind, Result};
@@ -67,6 +68,8 @@ pub enum Why {
     Unreadable,
     /// Others say that the file is qcow2, this image says that it is raw.
     Mixed,
+    /// A catalog says that the file is raw, this image says that it is qcow2.
+    Raw,
 }
 
 /// A name of an image from where its backing file name means another file than from its own place.
@@ -129,6 +132,8 @@ pub struct Survey {
     /// Internal snapshots were looked at, but are not kept.
     links_only: bool,
     by_id: HashMap<FileId, usize>,
+    /// What the catalogs of the directories call raw.
+    raw: HashSet<FileId>,
     roots: Roots,
 }
 
@@ -138,12 +143,7 @@ impl Survey {
     /// # Errors
     /// A directory that cannot be read. Images that cannot be read are part of the result.
     pub fn of_directories(disk: &dyn Disk, directories: &[PathBuf], trust: &Trust) -> Result<Self> {
-        let mut survey = Self { roots: Roots::of(disk, directories, trust)?, ..Self::default() };
-        for dir in directories {
-            survey.add_directory(disk, dir)?;
-        }
-        survey.link(disk);
-        Ok(survey)
+        Self { roots: Roots::of(disk, directories, trust)?, ..Self::default() }.over(disk, directories)
     }
 
     /// As [`of_directories`](Self::of_directories), for those who only ask who stands on whom: the internal snapshots, of
@@ -153,12 +153,18 @@ impl Survey {
     /// As [`of_directories`](Self::of_directories).
     pub fn of_links(disk: &dyn Disk, directories: &[PathBuf], trust: &Trust) -> Result<Self> {
         let roots = Roots::of(disk, directories, trust)?;
-        let mut survey = Self { roots, links_only: true, ..Self::default() };
+        Self { roots, links_only: true, ..Self::default() }.over(disk, directories)
+    }
+
+    fn over(mut self, disk: &dyn Disk, directories: &[PathBuf]) -> Result<Self> {
         for dir in directories {
-            survey.add_directory(disk, dir)?;
+            self.raw.extend(raw_in(disk, dir)?);
         }
-        survey.link(disk);
-        Ok(survey)
+        for dir in directories {
+            self.add_directory(disk, dir)?;
+        }
+        self.link(disk);
+        Ok(self)
     }
 
     /// The file at `path`, if it was found.
@@ -181,6 +187,7 @@ impl Survey {
         if disk.canonical(dir).is_ok_and(|d| known.contains(&d)) {
             return Ok(());
         }
+        self.raw.extend(raw_in(disk, dir)?);
         self.add_directory(disk, dir)?;
         self.link(disk);
         Ok(())
@@ -207,7 +214,7 @@ impl Survey {
             return Err(Error::new(ErrorKind::Failed, "is not a regular file").at(path));
         }
         let store = disk.open(path, Access::Read).map_err(|e| Error::io("open the image", path, e))?;
-        let seen = if is_qcow2(&*store) { FileFormat::Qcow2 } else { FileFormat::Raw };
+        let seen = if self.is_qcow2(stat.id, &*store) { FileFormat::Qcow2 } else { FileFormat::Raw };
         let own = self.own_path(disk, path);
         let added = self.add(own, stat, format.unwrap_or(seen), &*store, disk);
         self.link(disk);
@@ -224,7 +231,7 @@ impl Survey {
             let stat = disk.stat(path).ok().filter(|s| s.kind == FileKind::Regular);
             let Some(stat) = stat.filter(|s| !self.by_id.contains_key(&s.id)) else { continue };
             match disk.open(path, Access::Read) {
-                Ok(store) if !is_qcow2(&*store) => {
+                Ok(store) if !self.is_qcow2(stat.id, &*store) => {
                     added |= self.add(path.clone(), stat, FileFormat::Raw, &*store, disk).is_some();
                 }
                 // A qcow2 image that is not there is among the broken ones.
@@ -318,7 +325,7 @@ impl Survey {
             }
             let real = if link { disk.canonical(&path).unwrap_or(path) } else { path };
             match disk.open(&real, Access::Read) {
-                Ok(store) if is_qcow2(&*store) => {
+                Ok(store) if self.is_qcow2(stat.id, &*store) => {
                     self.add(real, stat, FileFormat::Qcow2, &*store, disk);
                 }
                 Ok(_) => {}
@@ -425,6 +432,9 @@ impl Survey {
             Ok(format) => format,
             Err(why) => return broken(why, Some(stat.id)),
         };
+        if format == FileFormat::Qcow2 && self.raw.contains(&stat.id) {
+            return broken(Why::Raw, Some(stat.id));
+        }
         if let Some(&known) = self.by_id.get(&stat.id) {
             return match self.files.get(known) {
                 Some(f) if f.format == FileFormat::Raw && format == FileFormat::Qcow2 => {
@@ -473,6 +483,12 @@ impl Survey {
                 self.other_names.push(OtherName { path: path.clone(), reader: *id, read });
             }
         }
+    }
+
+    /// Whether a file is to be read as qcow2: by its first bytes, unless a catalog knows better.
+    fn is_qcow2(&self, id: FileId, store: &dyn Store) -> bool {
+        let mut magic = [0; 4];
+        !self.raw.contains(&id) && store.read_at(0, &mut magic).is_ok() && magic == *b"QFI\xfb"
     }
 
     /// A file that everybody reads as raw is raw, whatever its first bytes look like: a guest wrote them.
@@ -542,15 +558,21 @@ pub fn broken(image: &Path, name: &str, why: Why) -> Error {
             format!("the backing file \"{name}\" is raw by this header, and qcow2 by another image's"),
         )
         .hint("one of them is wrong: correct it with qemu-img rebase -u -F"),
+        Why::Raw => error(
+            ErrorKind::Refused,
+            format!("the backing file \"{name}\" is qcow2 by this header, and raw by the catalog"),
+        )
+        .hint("if the header is right, move the catalog away and make another: pleach scan DIR --write"),
         Why::Unreadable => {
             error(ErrorKind::Failed, format!("backing file \"{name}\" cannot be read as an image"))
         }
     }
 }
 
-fn is_qcow2(store: &dyn Store) -> bool {
-    let mut magic = [0; 4];
-    store.read_at(0, &mut magic).is_ok() && magic == *b"QFI\xfb"
+/// The files that the catalogs of a directory call raw.
+fn raw_in(disk: &dyn Disk, dir: &Path) -> Result<Vec<FileId>> {
+    let paths = raw_files(disk, dir)?;
+    Ok(paths.iter().filter_map(|path| Some(disk.stat(path).ok()?.id)).collect())
 }
 
 /// The backing file name that a header which does not parse still seems to have.

@@ -56,6 +56,12 @@ pub fn import(
     }
     record.disks = disks(&ordered, domain, current.map(|one| one.facts()));
     add_heads(&mut record, &ordered, exists);
+    let embedded = ordered.iter().filter_map(|one| one.facts().domain.as_ref());
+    let all = domain.iter().map(|one| one.domain()).chain(embedded).flat_map(|domain| &domain.disks);
+    let raw = all.filter(|disk| disk.format.as_deref() == Some("raw"));
+    let named = record.files();
+    let paths = raw.filter_map(|disk| disk.source.path.clone()).filter(|path| named.contains(path.as_str()));
+    record.raw = paths.collect();
     if let Some(domain) = domain {
         record.set_field(DOMAIN_KEY, &[domain.text()]);
     }

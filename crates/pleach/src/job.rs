@@ -25,6 +25,8 @@ pub(crate) struct JobView<'a> {
     pub(crate) tree: &'a Tree,
     pub(crate) job: &'a Job,
     pub(crate) bytes: bool,
+    /// Bytes that are copied out of internal snapshots, where the plan is shown.
+    pub(crate) copied: u64,
 }
 
 /// What is said when all is done.
@@ -44,7 +46,9 @@ pub(crate) fn carry_out(
     said: &Said<'_>,
 ) -> Result<ExitCode> {
     start_jobs(args.pace.jobs)?;
-    let view = JobView { tree, job: &job, bytes: args.bytes };
+    let shows = args.dry_run || ask && !args.yes;
+    let copied = if shows { job.bytes_copied(&RealDisk)? } else { 0 };
+    let view = JobView { tree, job: &job, bytes: args.bytes, copied };
     for difference in &tree.differences {
         eprintln!("note: {difference}");
     }
@@ -180,6 +184,9 @@ impl JobView<'_> {
                 Act::Overlay { file, backing } => {
                     line("create", format!("{} over {backing}", self.path(file)))
                 }
+                Act::Bitmap { file, name } => {
+                    line("record", format!("in bitmap \"{name}\" of {} what is written", self.path(file)));
+                }
                 Act::Copy { file, from, snapshot } => {
                     line(
                         "copy",
@@ -232,7 +239,7 @@ impl JobView<'_> {
 
     fn totals(&self) -> (u64, u64) {
         let merges = &self.job.merges;
-        let written = merges.iter().map(DeletePlan::bytes_written).sum();
+        let written = merges.iter().map(DeletePlan::bytes_written).sum::<u64>() + self.copied;
         let freed = merges.iter().map(|m| m.bytes_freed).sum::<u64>() + self.job.bytes_removed;
         (written, freed)
     }
@@ -261,6 +268,9 @@ impl JobView<'_> {
                         "creates",
                         json!({ "file": self.path(file), "backing_file": backing, "snapshot": null }),
                     );
+                }
+                Act::Bitmap { file, name } => {
+                    push("bitmaps", json!({ "file": self.path(file), "bitmap": name }));
                 }
                 Act::Copy { file, from, snapshot } => push(
                     "creates",
@@ -303,7 +313,7 @@ impl JobView<'_> {
         });
         if let Some(plan) = plan.as_object_mut() {
             plan.extend(lists);
-            for key in ["creates", "snapshots"] {
+            for key in ["creates", "bitmaps", "snapshots"] {
                 plan.entry(key).or_insert_with(|| json!([]));
             }
         }

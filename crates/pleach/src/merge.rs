@@ -11,6 +11,7 @@ use pleach_store::RealDisk;
 use crate::act::{carry_out, start_jobs};
 use crate::args::{MergeArgs, RunArgs, SquashArgs};
 use crate::delete::{Verb, View};
+use crate::job;
 use crate::target::{Target, directory};
 
 pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
@@ -31,7 +32,13 @@ pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
 pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
     start_jobs(args.run.act.pace.jobs)?;
     let target = Target::named(&args.on)?;
-    let mut survey = target.survey(&args.on.place.trust())?;
+    let trust = args.on.place.trust();
+    if let Some(tree) = target.tree(&trust)? {
+        let act = args.run.in_tree()?;
+        let job = pleach_engine::verbs::squash(&RealDisk, &tree, &args.first, &args.last)?;
+        return job::carry_out(&tree, job, act, true, &job::Said::Report);
+    }
+    let mut survey = target.survey(&trust)?;
     let family = target.family(&survey)?;
     let file = |name: &str| match family.state(family.resolve(&survey, name)?) {
         Some(State::File(index)) => Ok(index),
@@ -41,6 +48,10 @@ pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
         }
     };
     let run = (file(&args.last)?, file(&args.first)?);
+    if run.0 == run.1 {
+        let text = format!("a run of one snapshot, \"{}\": there is nothing to squash", args.last);
+        return Err(Error::new(ErrorKind::Usage, text));
+    }
     merge(&target, &mut survey, run, &Keep::Child, &args.run)
 }
 

@@ -38,16 +38,20 @@ pub(crate) fn run(args: &ScanArgs) -> Result<ExitCode> {
     let mut found = Vec::new();
     let mut claimed = BTreeSet::new();
     let mut wrong = Vec::new();
+    let mut trees = Vec::new();
     for path in &target.catalogs {
         match Tree::load(&RealDisk, path, &args.place.also, &trust) {
-            Ok(tree) => {
-                let files = tree.catalog.record.files();
-                let ids = files.iter().filter_map(|f| tree.survey.find(&RealDisk, &tree.catalog.path_of(f)));
-                claimed.extend(ids.filter_map(|i| tree.survey.files.get(i)).map(|f| f.stat.id));
-                found.push(with_catalog(tree, args.write)?);
-            }
+            Ok(tree) => trees.push(tree),
+            // Nobody knows which images it names: none may get a second catalog.
+            Err(error) if args.write => return Err(error),
             Err(error) => wrong.push(error),
         }
+    }
+    for tree in trees {
+        let files = tree.catalog.record.files();
+        let ids = files.iter().filter_map(|f| tree.survey.find(&RealDisk, &tree.catalog.path_of(f)));
+        claimed.extend(ids.filter_map(|i| tree.survey.files.get(i)).map(|f| f.stat.id));
+        found.push(with_catalog(tree, args.write)?);
     }
     let survey = Survey::of_directories(&RealDisk, &target.directories, &trust)?;
     let family = Family::of(&survey, &target.base)?;

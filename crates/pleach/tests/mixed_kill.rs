@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use history::{History, PLEACH, images};
-use pleach_testkit::files::copy_dir;
+use pleach_testkit::files::{copy_dir, listing};
 use pleach_testkit::oracle::{self, Digest, text};
 use pleach_testkit::{Format, OnFailure, Rng, Tool, WorkDir, chosen_seed, long_mode};
 
@@ -75,6 +75,8 @@ fn all_disks_are_old_or_all_are_new() {
             for image in images(&there) {
                 oracle::check_clean(&image);
             }
+            let left: Vec<_> = listing(&there).into_iter().filter(|f| f.0.ends_with(".partial")).collect();
+            assert!(left.is_empty(), "{operation:?}\n{}\n{left:?}", what.join("\n"));
             std::fs::remove_dir_all(&there).unwrap();
         }
     }

@@ -11,7 +11,7 @@ mod take;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use pleach_format::Incompatible;
+use pleach_format::{BitmapRecord, Incompatible};
 use pleach_image::{Image, escape};
 use pleach_lineage::{NodeRecord, Record, Storage};
 use pleach_store::{Access, Disk, FileId, Role};
@@ -26,7 +26,7 @@ use crate::tree::{Place, Tree, free_name};
 use crate::{Error, ErrorKind, Outcome, Result, Watch};
 
 pub use self::label::{forget, make_current, note, rename};
-pub use self::remove::{RemoveRequest, remove};
+pub use self::remove::{RemoveRequest, remove, squash};
 pub use self::revert::{RevertRequest, Unsaved, revert};
 pub use self::take::{TakeKind, TakeRequest, take};
 
@@ -67,6 +67,13 @@ pub enum Act {
         file: PathBuf,
         /// How its header names its backing file.
         backing: String,
+    },
+    /// A new image gets an empty bitmap that records, as the one below it has.
+    Bitmap {
+        /// The image.
+        file: PathBuf,
+        /// The bitmap's name.
+        name: String,
     },
     /// A new image with the content of an internal snapshot.
     Copy {
@@ -140,7 +147,18 @@ impl Job {
         if self.is_empty() {
             return Ok(Outcome::default());
         }
-        crate::steps::run(disk, &self.catalog, self.steps, watch)
+        // What the files took when the operation was planned: on tmpfs, reading a hole takes some.
+        let bytes_freed = self.merges.iter().map(|m| m.bytes_freed).sum::<u64>() + self.bytes_removed;
+        let outcome = crate::steps::run(disk, &self.catalog, self.steps, watch)?;
+        Ok(Outcome { bytes_freed, ..outcome })
+    }
+
+    /// Bytes that are copied out of internal snapshots into new images, besides what merges write. They are read for that.
+    ///
+    /// # Errors
+    /// An image that cannot be read.
+    pub fn bytes_copied(&self, disk: &dyn Disk) -> Result<u64> {
+        self.steps.bytes_copied(disk)
     }
 
     /// Looks whether any image that is concerned is in use.
@@ -216,9 +234,13 @@ impl<'a> Draft<'a> {
         let empty = record.nodes.is_empty() && record.disks.iter().all(|d| d.active.is_none());
         if empty {
             if !tree.catalog.is_new() {
+                let signs = crate::signpost::leading_to(disk, &tree.catalog)?;
+                steps.extend(signs.into_iter().map(|path| Step::Forget { path }));
                 steps.push(Step::Forget { path: path.clone() });
             }
         } else if !(unchanged && steps.is_empty() && after.is_empty()) {
+            let signs = crate::signpost::missing(disk, &tree.catalog, &record)?;
+            steps.extend(signs.into_iter().map(|(path, text)| Step::Sign { path, text }));
             steps.push(Step::Save { path: path.clone(), text: record.encode() });
         }
         steps.extend(after);
@@ -331,6 +353,34 @@ impl<'a> Draft<'a> {
         let new = NewFile::new(path.clone(), Some((name, entry.format)), size, cluster_bits);
         self.steps.push(Step::Overlay { new });
         self.tree.catalog.name_of(self.disk, &path)
+    }
+
+    /// The new image at `path` gets the bitmaps that record what is written to `below`, so that what is written from now
+    /// on is recorded as well.
+    fn carry_bitmaps(&mut self, path: &Path, below: usize) -> Result<()> {
+        let entry = self.entry(below)?;
+        let Some(header) = entry.header.as_ref().filter(|h| h.bitmaps().is_ok_and(|b| b.is_some())) else {
+            return Ok(());
+        };
+        let wrap = |e| Error::image(&entry.path, e);
+        let open = self.disk.open(&entry.path, Access::Read);
+        let image =
+            Image::open(open.map_err(|e| Error::io("open the image", &entry.path, e))?).map_err(wrap)?;
+        for bitmap in image.bitmaps().map_err(wrap)? {
+            let has = |flag| bitmap.flags & flag != 0;
+            let name = escape(&bitmap.name);
+            if has(BitmapRecord::IN_USE) || header.size() == 0 {
+                self.warnings.push(format!(
+                    "the bitmap \"{name}\" of {} was not closed: it is not carried on",
+                    quoted(&entry.path.to_string_lossy())
+                ));
+            } else if has(BitmapRecord::AUTO) {
+                let granularity = 1u64.checked_shl(bitmap.granularity_bits.into()).unwrap_or(0);
+                self.acts.push(Act::Bitmap { file: path.to_owned(), name });
+                self.steps.push(Step::bitmap(path.to_owned(), &bitmap.name, granularity));
+            }
+        }
+        Ok(())
     }
 
     /// A new image with the content of an internal snapshot, on the backing file of the image that holds it.

@@ -13,7 +13,7 @@ use crate::execute::rehearse;
 use crate::rebase::{Onto, RebaseRequest, plan_rebase};
 use crate::reconcile::quoted;
 use crate::steps::Step;
-use crate::survey::{Backing, FileFormat};
+use crate::survey::Backing;
 use crate::tree::Tree;
 use crate::{Error, ErrorKind, Result};
 
@@ -58,6 +58,54 @@ pub fn remove(disk: &dyn Disk, tree: &Tree, request: &RemoveRequest) -> Result<J
         DeleteMode::Children | DeleteMode::ChildrenOnly => branch(&mut draft, &name, request)?,
     }
     draft.finish(format!("delete {}", quoted(&name)))
+}
+
+/// Plans to make one node of the run from `first` to `last`, which has the content and the name of `last`: all others of
+/// the run are deleted.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] for a run of one node, or names that are no run; [`ErrorKind::Unsupported`] where several nodes
+/// would go that have files of their own; as [`remove`].
+pub fn squash(disk: &dyn Disk, tree: &Tree, first: &str, last: &str) -> Result<Job> {
+    let mut draft = Draft::new(disk, tree)?;
+    let record = &tree.catalog.record;
+    let first = tree.resolve(first)?;
+    let last = tree.resolve(last)?;
+    let mut run = vec![last.clone()];
+    while run.last() != Some(&first) {
+        let at = run.last().and_then(|name| record.find(name));
+        let Some(below) = at.and_then(|node| node.parent.clone()) else {
+            let text = format!("{} does not stand on {}", quoted(&last), quoted(&first));
+            return Err(Error::new(ErrorKind::Usage, text).hint("name the lower end of the run first"));
+        };
+        run.push(below);
+    }
+    run.reverse();
+    run.pop();
+    if run.is_empty() {
+        let text = format!("a run of one snapshot, {}: there is nothing to squash", quoted(&last));
+        return Err(Error::new(ErrorKind::Usage, text));
+    }
+    let inside = |name: &String| {
+        let storage = record.find(name).map(|n| &n.storage[..]).unwrap_or_default();
+        storage.iter().all(|(_, s)| matches!(s, Storage::Internal { .. }))
+    };
+    if run.len() > 1 && !run.iter().all(inside) {
+        let names: Vec<String> = run.iter().map(|n| quoted(n)).collect();
+        let text = "squashing several snapshots of a catalog that have files of their own is not supported";
+        return Err(Error::new(ErrorKind::Unsupported, text).hint(format!(
+            "delete the others of the run one by one: pleach delete TARGET {}",
+            names.join(", then ")
+        )));
+    }
+    for name in &run {
+        single(&mut draft, name, &Keep::Child)?;
+    }
+    // A node may have been given a parent that went after it, or have gone itself.
+    let parents: BTreeMap<String, Option<String>> =
+        std::mem::take(&mut draft.reparented).into_iter().collect();
+    draft.reparented = parents.into_iter().filter(|(name, _)| draft.record.find(name).is_some()).collect();
+    draft.finish(format!("squash {} to {}", quoted(&first), quoted(&last)))
 }
 
 impl Draft<'_> {
@@ -125,12 +173,17 @@ fn single(draft: &mut Draft<'_>, name: &str, keep: &Keep) -> Result<()> {
         // What is not there any more needs no deleting.
         let Some(place) = draft.tree.place(draft.disk, storage) else { continue };
         let entry = draft.entry(place.file)?;
-        if states.get(&place.file).into_iter().flatten().any(|(n, at)| n != name && *at == place.snapshot) {
+        let others = states.get(&place.file).into_iter().flatten();
+        if let Some((twin, _)) = others.into_iter().find(|(n, at)| n != name && *at == place.snapshot) {
             draft.warnings.push(format!(
-                "a state of {} stays in {}: another node has the same one",
+                "what {} was in {} stays: {} is the same",
                 quoted(name),
-                quoted(storage.file())
+                quoted(storage.file()),
+                quoted(twin)
             ));
+            if place.snapshot.is_none() {
+                stand_on_twin(draft, &node, place.file, twin)?;
+            }
             continue;
         }
         match place.snapshot {
@@ -148,6 +201,44 @@ fn single(draft: &mut Draft<'_>, name: &str, keep: &Keep) -> Result<()> {
             None if entry.snapshots.is_empty() => merge(draft, place.file, keep)?,
             None => pull_away(draft, place.file)?,
         }
+    }
+    Ok(())
+}
+
+/// What stood on `node`, by an image over `file`, stands on its twin now, whose state is in the same file.
+fn stand_on_twin(draft: &mut Draft<'_>, node: &NodeRecord, file: usize, twin: &str) -> Result<()> {
+    let over: BTreeSet<usize> = draft.entry(file)?.dependents.iter().copied().collect();
+    let has_one = |storage: &Storage| {
+        let place = draft.tree.place(draft.disk, storage);
+        place.is_some_and(|p| p.snapshot.is_none() && over.contains(&p.file))
+    };
+    let before = &draft.tree.catalog.record;
+    let moved: Vec<String> = draft
+        .record
+        .nodes
+        .iter()
+        .filter(|n| before.find(&n.name).is_some_and(|old| old.parent.as_ref() == Some(&node.name)))
+        .filter(|n| n.name != twin && n.storage.iter().any(|(_, s)| has_one(s)))
+        .map(|n| n.name.clone())
+        .collect();
+    let mut above = BTreeSet::from([twin.to_owned()]);
+    let mut at = draft.record.find(twin).and_then(|n| n.parent.clone());
+    while let Some(name) = at.filter(|name| above.insert(name.clone())) {
+        at = draft.record.find(&name).and_then(|n| n.parent.clone());
+    }
+    for name in moved.into_iter().filter(|name| !above.contains(name)) {
+        if let Some(child) = draft.record.find_mut(&name) {
+            child.parent = Some(twin.to_owned());
+        }
+        draft.reparented.retain(|(other, _)| *other != name);
+        draft.reparented.push((name, Some(twin.to_owned())));
+    }
+    let is_over = |d: &pleach_lineage::DiskRecord| {
+        let active = d.active.as_deref().and_then(|a| draft.tree.file(draft.disk, a));
+        active.is_some_and(|active| over.contains(&active))
+    };
+    if before.current.as_ref() == Some(&node.name) && draft.record.disks.iter().any(is_over) {
+        draft.record.current = Some(twin.to_owned());
     }
     Ok(())
 }
@@ -178,16 +269,6 @@ fn merge(draft: &mut Draft<'_>, file: usize, keep: &Keep) -> Result<()> {
     let victim = draft.image(file)?;
     let dependents = entry.dependents.iter().map(|&d| draft.image(d)).collect::<Result<Vec<_>>>()?;
     let naming = plan.single.as_ref().map(|(_, _, naming)| naming.clone());
-    if let Some(Naming::KeepVictimsName { reader, .. }) = &naming
-        && entry.format == FileFormat::Raw
-        && draft.entry(*reader)?.dependents.is_empty()
-    {
-        // Nothing would say any more that it is raw, and its first bytes are a guest's.
-        let text = "a raw file that nothing stands on cannot be a node of a catalog";
-        return Err(Error::new(ErrorKind::Unsupported, text)
-            .at(&entry.path)
-            .hint("without --keep parent the data are merged into the image above"));
-    }
     let heir = match naming {
         Some(Naming::TakeVictimsName { reader, .. } | Naming::KeepVictimsName { reader, .. }) => {
             let old = draft.tree.catalog.name_of(draft.disk, &draft.entry(reader)?.path)?;
@@ -285,12 +366,18 @@ fn branch(draft: &mut Draft<'_>, name: &str, request: &RemoveRequest) -> Result<
         match after.as_ref().and_then(|c| draft.record.find(c)).cloned() {
             Some(current) => {
                 for of in draft.record.disks.clone() {
-                    // A disk that the node does not have goes on as it is.
-                    let Some(storage) = current.storage_of(&of.name) else { continue };
-                    if of.active.is_some() {
+                    if of.active.is_none() {
+                        continue;
+                    }
+                    // A disk that the node does not have goes on as it is, unless what it stands on goes.
+                    let storage = match current.storage_of(&of.name) {
+                        Some(storage) => Some(storage.clone()),
+                        None => below_going(draft, &of.name, &going)?,
+                    };
+                    if let Some(storage) = storage {
                         let (files, created) = (&request.files, request.created);
                         let discard = Unsaved::Discard;
-                        draft.move_head(files, &current, &of.name, storage, &discard, created, &going)?;
+                        draft.move_head(files, &current, &of.name, &storage, &discard, created, &going)?;
                     }
                 }
             }
@@ -307,6 +394,27 @@ fn branch(draft: &mut Draft<'_>, name: &str, request: &RemoveRequest) -> Result<
         }
     }
     drop_states(draft, &gone, &going)
+}
+
+/// The first image below the active one of `disk` that stays, if the one that this stands on goes.
+fn below_going(draft: &Draft<'_>, disk: &str, going: &[String]) -> Result<Option<Storage>> {
+    let goes = draft.files_going(going);
+    let chain = draft.tree.survey.chain(draft.active(disk)?)?;
+    let mut first = true;
+    for file in chain.into_iter().skip(1) {
+        let entry = draft.entry(file)?;
+        let stays =
+            !goes.contains(&entry.stat.id) || draft.states_in(file).iter().any(|(.., at)| at.is_none());
+        match (stays, first) {
+            (true, true) => return Ok(None),
+            (true, false) => {
+                let file = draft.tree.catalog.name_of(draft.disk, &entry.path)?;
+                return Ok(Some(Storage::External { file }));
+            }
+            (false, _) => first = false,
+        }
+    }
+    Ok(None)
 }
 
 /// The states of `gone` go: whole files where nothing in them stays, else their snapshots or their active state.

@@ -78,6 +78,7 @@ pub fn take(disk: &dyn Disk, tree: &Tree, request: &TakeRequest) -> Result<Job> 
             TakeKind::External => {
                 let path = draft.choose_file(&request.files, disk, active, name)?;
                 let new = draft.overlay(&path, active)?;
+                draft.carry_bitmaps(&draft.real(&path)?, active)?;
                 let old = draft.record.disks.iter_mut().find(|d| d.name == *disk);
                 let file = old.and_then(|d| d.active.replace(new)).unwrap_or_default();
                 storage.push((disk.clone(), Storage::External { file }));

@@ -22,6 +22,9 @@
 //! `\r`, `\t` and `\u{hex}`. The last line is the CRC-32 of all bytes before it. Items and lines that are not known
 //! here are kept as they are, word for word; a number other than 1 in the first line is another format, and refused.
 //!
+//! An item `raw FILE` says that a file named elsewhere in the record is the guest's own bytes, whatever they look like;
+//! the other files are what their first bytes say.
+//!
 //! An item `forgotten`, followed by storage, lists states that are to be no nodes although the images have them.
 //!
 //! The active heads are no items: a head is what `active` says, standing on `current`. An item `head` is a writable
@@ -38,6 +41,7 @@ mod words;
 #[cfg(test)]
 mod tests;
 
+pub use self::text::raw_files;
 use self::words::{put, words};
 use crate::{Kind, Lineage, LineageError, Node, NodeId, Storage};
 
@@ -59,6 +63,9 @@ pub struct Record {
     pub disks: Vec<DiskRecord>,
     /// The nodes, in the order in which they came; the active heads are not among them.
     pub nodes: Vec<NodeRecord>,
+    /// The files that are raw: a guest can write anything into them, the first bytes of another format too. Those that
+    /// the rest of the record does not name are not written down.
+    pub raw: BTreeSet<String>,
     /// States, by disk, that are in the images and are no nodes: somebody has let the catalog forget them.
     pub forgotten: Vec<(String, Storage)>,
     /// Lines that are not known here, each unknown item followed by its indented lines.
@@ -283,6 +290,8 @@ impl Record {
                 *file = name;
             }
         }
+        self.raw =
+            core::mem::take(&mut self.raw).into_iter().map(|file| new(&file).unwrap_or(file)).collect();
     }
 
     /// The nodes as a hierarchy, parents first, with `current`; and the id of each of [`Self::nodes`].

@@ -38,6 +38,7 @@ fn sample() -> Record {
                 ..NodeRecord::new("nach dem\n\u{1b} \"Update\"", Kind::Head)
             },
         ],
+        raw: ["A B.qcow2".to_owned()].into(),
         forgotten: alloc::vec![("vda".to_owned(), external("old.qcow2"))],
         ..Record::new("vm1")
     }
@@ -105,6 +106,21 @@ fn what_is_refused() {
         assert!(error.contains(want), "{case}: {error}");
     }
     assert_eq!(Record::parse(b"\xff"), Err(RecordError::NotText { at: 0 }));
+}
+
+#[test]
+fn what_is_raw_is_known_as_long_as_it_is_named() {
+    let mut record = sample();
+    record.rename_files(|file| (file == "A B.qcow2").then(|| "C\nraw x".to_owned()));
+    assert_eq!(record.raw, ["C\nraw x".to_owned()].into());
+    let text = record.encode();
+    assert_eq!(super::raw_files(text.as_bytes()), ["C\nraw x"]);
+    assert_eq!(super::raw_files(&text.as_bytes()[..text.len() - 20]), ["C\nraw x"]);
+    record.nodes[0].storage.clear();
+    assert_eq!(Record::parse(record.encode().as_bytes()).unwrap().raw, [].into());
+    // What another version means by it is kept.
+    let text = sealed("pleach-tree 1\ntree vm\nraw a b\n");
+    assert_eq!(Record::parse(text.as_bytes()).unwrap().encode(), text);
 }
 
 #[test]

@@ -9,6 +9,13 @@ use super::words::{put, words};
 use super::{DiskRecord, FIRST, NodeRecord, Record, RecordError, VERSION};
 use crate::{Kind, Storage};
 
+/// The names of the files that a catalog calls raw, even if it is damaged elsewhere: to take one for raw is safe.
+pub fn raw_files(bytes: &[u8]) -> Vec<String> {
+    let lines = bytes.split(|&b| b == b'\n').filter(|line| line.starts_with(b"raw "));
+    let all = lines.filter_map(|line| words(str::from_utf8(line).ok()?).ok());
+    all.filter_map(|words| <[String; 2]>::try_from(words).ok()).map(|[_, file]| file).collect()
+}
+
 impl Record {
     /// The text. Equal records give equal bytes.
     pub fn encode(&self) -> String {
@@ -32,6 +39,10 @@ impl Record {
                 line("  active", &[active]);
             }
             disk.other.iter().for_each(|other| line(&("  ".to_owned() + other), &[]));
+        }
+        if !self.raw.is_empty() {
+            let named = self.files();
+            self.raw.iter().filter(|f| named.contains(f.as_str())).for_each(|file| line("raw", &[file]));
         }
         for node in &self.nodes {
             line(if node.kind == Kind::Head { "head" } else { "snapshot" }, &[&node.name]);
@@ -101,29 +112,33 @@ impl Record {
         let words = words(line)?;
         let mut words = words.into_iter();
         let key = words.next().unwrap_or_default();
-        let mut one = || match (words.next(), words.next()) {
+        let one = |mut words: alloc::vec::IntoIter<String>| match (words.next(), words.next()) {
             (Some(word), None) => Ok(word),
             _ => Err("must have one word behind the first"),
         };
         Ok(match key.as_str() {
             "tree" => {
-                self.tree = one()?;
+                self.tree = one(words)?;
                 Item::Tree
             }
             "current" => {
-                self.current = Some(one()?);
+                self.current = Some(one(words)?);
                 Item::Tree
             }
             "disk" => {
-                self.disks.push(DiskRecord::new(one()?, None));
+                self.disks.push(DiskRecord::new(one(words)?, None));
                 Item::Disk
             }
             "snapshot" | "head" => {
                 let kind = if key == "head" { Kind::Head } else { Kind::Snapshot };
-                self.nodes.push(NodeRecord::new(one()?, kind));
+                self.nodes.push(NodeRecord::new(one(words)?, kind));
                 Item::Node
             }
-            "forgotten" if words.next().is_none() => Item::Forgotten,
+            "raw" if words.len() == 1 => {
+                self.raw.extend(words.next());
+                Item::Tree
+            }
+            "forgotten" if words.len() == 0 => Item::Forgotten,
             _ => {
                 self.other.push(line.to_owned());
                 Item::Other

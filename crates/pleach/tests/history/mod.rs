@@ -6,7 +6,7 @@
     reason = "tests, each of which uses a part"
 )]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -107,6 +107,10 @@ pub(crate) struct History {
     pub(crate) log: Vec<String>,
     /// Digests of states, by the files that they are read from, as these were then.
     seen: BTreeMap<String, Digest>,
+    /// Images in which qemu-img has found nothing wrong, as they were then.
+    clean: BTreeSet<String>,
+    /// What `tree --json` said last, until something may have changed it.
+    shown: Option<Value>,
 }
 
 pub(crate) fn scribble(rng: &mut Rng, image: &Path) {
@@ -143,7 +147,8 @@ impl History {
         assert_eq!(made.code, Some(0), "{made}");
         let catalog = text(&dir.join(".pleach/vm.tree")).to_owned();
         let disks = disks.iter().map(|&d| d.to_owned()).collect();
-        Self { dir, catalog, model, disks, log: Vec::new(), seen: BTreeMap::new() }
+        let (seen, clean) = (BTreeMap::new(), BTreeSet::new());
+        Self { dir, catalog, model, disks, log: Vec::new(), seen, clean, shown: None }
     }
 
     /// The machine writes something.
@@ -193,6 +198,7 @@ impl History {
     }
 
     pub(crate) fn pleach(&mut self, args: &[&str]) -> Value {
+        self.shown = None;
         self.log.push(args.join(" "));
         let outcome = Tool::new(PLEACH).run(args);
         assert_eq!(outcome.code, Some(0), "{outcome}\nafter:\n{}", self.log.join("\n"));
@@ -200,8 +206,13 @@ impl History {
     }
 
     pub(crate) fn tree(&mut self) -> Value {
+        if let Some(shown) = &self.shown {
+            return shown.clone();
+        }
         let catalog = self.catalog.clone();
-        self.pleach(&["tree", &catalog, "--json"])
+        let tree = self.pleach(&["tree", &catalog, "--json"]);
+        self.shown = Some(tree.clone());
+        tree
     }
 
     pub(crate) fn active(&mut self, disk: &str) -> PathBuf {
@@ -224,6 +235,8 @@ impl History {
     }
 
     pub(crate) fn check(&mut self) {
+        // Whatever was done since may have changed it.
+        self.shown = None;
         let tree = self.tree();
         let mut problems = Vec::new();
         let mut wanted: Vec<(String, Option<String>)> =
@@ -259,8 +272,14 @@ impl History {
             }
         }
         for image in images(&self.dir) {
+            let Ok(key) = state_of(&image) else { continue };
+            if self.clean.contains(&key) {
+                continue;
+            }
             let check = oracle::check(&image, Format::Qcow2);
-            if !check.is_clean() {
+            if check.is_clean() {
+                self.clean.insert(key);
+            } else {
                 problems.push(format!("{}: {check:?}", image.display()));
             }
         }
@@ -280,8 +299,7 @@ impl History {
         let mut key = format!("{id:?}");
         let mut at = Some(file.clone());
         while let Some(path) = at {
-            let meta = fs::metadata(&path).map_err(|e| format!("{}: {e}", path.display()))?;
-            key.push_str(&format!(" {} {} {} {}", meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()));
+            key.push_str(&state_of(&path)?);
             at = backing(&path);
         }
         if let Some(&known) = self.seen.get(&key) {
@@ -294,6 +312,12 @@ impl History {
         self.seen.insert(key, digest);
         Ok(digest)
     }
+}
+
+/// A file and when it was changed last, as text.
+fn state_of(path: &Path) -> Result<String, String> {
+    let meta = fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    Ok(format!(" {} {} {} {}", meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec()))
 }
 
 pub(crate) fn images(dir: &Path) -> Vec<PathBuf> {
