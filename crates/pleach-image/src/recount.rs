@@ -201,18 +201,27 @@ pub(crate) enum Flags<'a> {
     Fit(&'a RefcountTable),
 }
 
-/// Writes the COPIED flags of the active state that are not as they should be. Nothing is flushed. True if anything was
-/// written.
+/// Finds the COPIED flags of the active state that are not as they should be, and writes them with [`Effect::Write`]. Nothing
+/// is flushed. True if there are any.
 ///
 /// # Errors
 /// A damaged entry or table; what the system says.
-pub(crate) fn set_copied(image: &Image, flags: Flags<'_>, workers: &dyn Workers) -> Result<bool, ImageError> {
+pub(crate) fn set_copied(
+    image: &Image,
+    flags: Flags<'_>,
+    effect: Effect,
+    workers: &dyn Workers,
+) -> Result<bool, ImageError> {
+    let write = |at: u64, bytes: &[u8], what: &'static str| match effect {
+        Effect::Try => Ok(()),
+        Effect::Write => image.store().write_at(at, bytes).map_err(ImageError::io(what)),
+    };
     let (g, version) = (image.geometry(), image.header().version());
     let tables = tables_of(image, image.l1())?;
     let pieces: Vec<_> = tables.chunks(tables_a_piece(g.cluster_bytes())).collect();
     let done = collect(workers, pieces.len(), |i| -> Result<bool, ImageError> {
         let mut bytes = vec![0; g.cluster_bytes()];
-        let (mut fitted, mut wrote) = (Vec::new(), false);
+        let (mut fitted, mut wrong) = (Vec::new(), false);
         let mut owners = Owners::of(flags);
         for &(at, _) in pieces.get(i).copied().unwrap_or_default() {
             image.read_table(HostOffset(at), &mut bytes)?;
@@ -243,16 +252,15 @@ pub(crate) fn set_copied(image: &Image, flags: Flags<'_>, workers: &dyn Workers)
             if let Some((first, last)) = changed {
                 let width = g.l2_entry_bytes();
                 let part = fitted.get(first * width..(last + 1) * width).unwrap_or_default();
-                let io = ImageError::io("write an L2 table");
-                image.store().write_at(at + (first * width) as u64, part).map_err(io)?;
-                wrote = true;
+                write(at + (first * width) as u64, part, "write an L2 table")?;
+                wrong = true;
             }
         }
-        Ok(wrote)
+        Ok(wrong)
     });
-    let mut wrote = false;
+    let mut wrong = false;
     for piece in done {
-        wrote |= piece?;
+        wrong |= piece?;
     }
     let mut owners = Owners::of(flags);
     let wanted = |entry: &L1Entry| -> Result<L1Entry, ImageError> {
@@ -267,10 +275,10 @@ pub(crate) fn set_copied(image: &Image, flags: Flags<'_>, workers: &dyn Workers)
         let part = l1.get(first..=last).unwrap_or_default();
         let bytes: Vec<u8> = part.iter().flat_map(|e| e.0.to_be_bytes()).collect();
         let at = image.l1_table_offset().0 + first as u64 * 8;
-        image.store().write_at(at, &bytes).map_err(ImageError::io("write the L1 table"))?;
-        wrote = true;
+        write(at, &bytes, "write the L1 table")?;
+        wrong = true;
     }
-    Ok(wrote)
+    Ok(wrong)
 }
 
 /// Changes the COPIED flags of entries.

@@ -40,6 +40,7 @@ fn document(path: &Path, done: &Compaction) -> Value {
         "size_before": done.before,
         "size_after": done.after,
         "leaked_clusters": done.leaked,
+        "copied_flags_wrong": done.flags,
         "zeroed_clusters": done.zeroed,
         "bytes_read": done.moved, "bytes_written": done.moved, "bytes_cloned": 0,
         "bytes_freed": done.before.saturating_sub(done.after),
@@ -57,6 +58,9 @@ fn text(path: &Path, done: &Compaction, exact: bool, planned: bool) -> String {
         if clusters > 0 {
             out.push_str(&format!("; {clusters} clusters {what} {}", if planned { "go" } else { "gone" }));
         }
+    }
+    if done.flags {
+        out.push_str(if planned { "; COPIED flags are set right" } else { "; COPIED flags set right" });
     }
     out.push('\n');
     out

@@ -10,7 +10,7 @@ mod zeroes;
 
 use std::sync::Arc;
 
-use pleach_alloc::{Allocator, Census, Discrepancy, Place};
+use pleach_alloc::{Allocator, Census, Discrepancy, Place, RefcountTable};
 use pleach_format::Incompatible;
 use pleach_store::Store;
 
@@ -19,9 +19,8 @@ use self::moves::{Done, Mover};
 use self::plan::Plan;
 use self::zeroes::Zeroes;
 use crate::publish::barrier;
-use crate::{
-    Image, ImageError, RepairMode, Workers, clear_unknown_autoclear, copied_repairs, leaked_with, repair,
-};
+use crate::recount::{Effect, Flags, set_copied};
+use crate::{Image, ImageError, RepairMode, Workers, clear_unknown_autoclear, leaked_with, repair};
 
 /// What a compaction does besides.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
@@ -39,6 +38,8 @@ pub struct Compaction {
     pub after: u64,
     /// Clusters that were counted too often.
     pub leaked: u64,
+    /// Whether COPIED flags did not fit the counts: they are set right.
+    pub flags: bool,
     /// Clusters of data that become entries that say zeros.
     pub zeroed: u64,
     /// Bytes that are copied to other places in the file.
@@ -66,19 +67,27 @@ pub fn plan_compact(
     workers: &dyn Workers,
 ) -> Result<Compaction, ImageError> {
     image.check_writable()?;
-    let leaked = leaked_with(image, workers)?.len() as u64;
+    let leaks = leaked_with(image, workers)?;
+    let flags = fit_copied(image, Effect::Try, workers)?;
     let zeroes = options.zeroes.then(|| Zeroes::find(image, workers)).transpose()?;
     let layout = Layout::of(image, zeroes.as_ref(), workers)?;
     let plan = Plan::of(&layout);
-    Ok(summary(image, leaked, zeroes.as_ref(), &plan))
+    Ok(summary(image, &leaks, flags, zeroes.as_ref(), &plan))
 }
 
-fn summary(image: &Image, leaked: u64, zeroes: Option<&Zeroes>, plan: &Plan) -> Compaction {
+fn summary(
+    image: &Image,
+    leaks: &[Discrepancy],
+    flags: bool,
+    zeroes: Option<&Zeroes>,
+    plan: &Plan,
+) -> Compaction {
     let size = image.geometry().cluster_size();
     Compaction {
         before: image.file_len(),
         after: length(plan, size, image.file_len()),
-        leaked,
+        leaked: leaks.len() as u64,
+        flags,
         zeroed: zeroes.map_or(0, Zeroes::count),
         moved: plan.copied(size) * size,
     }
@@ -109,13 +118,18 @@ pub fn compact(
     }
     image.check_writable()?;
     let leaks = leaked_with(&image, workers)?;
+    let flags = fit_copied(&image, Effect::Try, workers)?;
     let zeroes = options.zeroes.then(|| Zeroes::find(&image, workers)).transpose()?;
     let plan = Plan::of(&Layout::of(&image, zeroes.as_ref(), workers)?);
-    let done = summary(&image, leaks.len() as u64, zeroes.as_ref(), &plan);
+    let done = summary(&image, &leaks, flags, zeroes.as_ref(), &plan);
     clear_unknown_autoclear(&**store)?;
     steps.expect(done.moved);
     let mover = Mover { store, workers, steps };
     give_back(&mover, &image, &leaks)?;
+    // Lowered counts ask for flags, too.
+    if (flags || !leaks.is_empty()) && fit_copied(&image, Effect::Write, workers)? {
+        barrier(&**store)?;
+    }
     drop(leaks);
     if let Some(zeroes) = zeroes {
         let gone = zeroes.write(&image, workers)?;
@@ -126,7 +140,13 @@ pub fn compact(
     Ok((mover.run(&plan)? == Done::Yes).then_some(done))
 }
 
-/// Lowers counts to the number of references, then lets the COPIED flags fit.
+/// Lets the COPIED flags of `image` fit the counts in its file. True if any does not.
+fn fit_copied(image: &Image, effect: Effect, workers: &dyn Workers) -> Result<bool, ImageError> {
+    let table = RefcountTable::load(&**image.store(), Place::of(image.header()))?;
+    set_copied(image, Flags::Fit(&table), effect, workers)
+}
+
+/// Lowers counts to the number of references.
 fn give_back(mover: &Mover<'_>, image: &Image, leaks: &[Discrepancy]) -> Result<(), ImageError> {
     if leaks.is_empty() {
         return Ok(());
@@ -147,10 +167,5 @@ fn give_back(mover: &Mover<'_>, image: &Image, leaks: &[Discrepancy]) -> Result<
     for write in allocator.take_writes().counts {
         store.write_at(write.offset.0, &write.bytes).map_err(ImageError::io("write refcounts"))?;
     }
-    mover.lower(&census)?;
-    for write in copied_repairs(image)? {
-        let io = ImageError::io("write pointers");
-        mover.store.write_at(write.offset.0, &write.bytes).map_err(io)?;
-    }
-    barrier(&**mover.store)
+    mover.lower(&census)
 }

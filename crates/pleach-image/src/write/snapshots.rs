@@ -10,7 +10,7 @@ use pleach_format::{HostCluster, HostOffset, Incompatible, L1Entry, SnapshotReco
 use super::{State, Writer};
 use crate::image::find_snapshot;
 use crate::publish::{NewRoot, mark, set_snapshots};
-use crate::recount::{Flags, references, set_copied};
+use crate::recount::{Effect, Flags, references, set_copied};
 use crate::{ImageError, Switch, clear_unknown_autoclear, publish};
 
 /// What a new snapshot says about itself.
@@ -281,10 +281,10 @@ impl State {
     /// Writes the COPIED flags of the active state as they should be, for counts that are durable.
     fn fit_copied(&mut self, fit: Fit) -> Result<(), ImageError> {
         let wrote = match fit {
-            Fit::Shared => set_copied(&self.image, Flags::Clear, &*self.workers)?,
+            Fit::Shared => set_copied(&self.image, Flags::Clear, Effect::Write, &*self.workers)?,
             Fit::Counts => {
                 let table = RefcountTable::load(&*self.store, Place::of(self.image.header()))?;
-                set_copied(&self.image, Flags::Fit(&table), &*self.workers)?
+                set_copied(&self.image, Flags::Fit(&table), Effect::Write, &*self.workers)?
             }
         };
         if wrote {
