@@ -1,13 +1,13 @@
 //! The open files of an operation: which of them may be written, and what their headers have room for.
 
 use pleach_format::{BackingFile, rewrite_backing};
-use pleach_image::{Chain, Image, leaked};
+use pleach_image::{Chain, Image, leaked_with};
 use pleach_plan::{Need, Target};
 use pleach_store::Disk;
 
 use crate::open::OpenFiles;
 use crate::survey::{Survey, SurveyFile};
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, Threads};
 
 /// Files by index into the survey.
 #[derive(Copy, Clone, Debug)]
@@ -42,7 +42,7 @@ impl<'a> Files<'a> {
         let image = self.image(index)?;
         image
             .check_mergeable()
-            .and_then(|()| leaked(image).map(drop))
+            .and_then(|()| leaked_with(image, &Threads).map(drop))
             .map_err(|e| Error::image(&self.file(index).path, e))?;
         Ok(image)
     }

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use pleach_alloc::{Allocator, Place};
-use pleach_image::{Image, copied_repairs, leaked};
+use pleach_image::{Image, copied_fits, fit_copied, leaked_with};
 use pleach_store::{Disk, Store};
 
 use crate::source::{open_locked, open_writer_alone};
-use crate::{Error, Result};
+use crate::{Error, Result, Threads};
 
 /// Lowers the counts of every cluster that nothing refers to, and cuts the file behind the last one in use. Returns
 /// how many clusters were given back.
@@ -20,7 +20,7 @@ pub(crate) fn give_back(path: &Path, image: &Image) -> Result<u64> {
     let wrap = |e| Error::image(path, e);
     let store = &**image.store();
     let mut allocator = Allocator::load(store, Place::of(image.header())).map_err(|e| wrap(e.into()))?;
-    let leaks = leaked(image).map_err(wrap)?;
+    let leaks = leaked_with(image, &Threads).map_err(wrap)?;
     for leak in &leaks {
         allocator.set_count(leak.cluster, leak.references).map_err(|e| wrap(e.into()))?;
     }
@@ -31,11 +31,7 @@ pub(crate) fn give_back(path: &Path, image: &Image) -> Result<u64> {
         store.barrier().map_err(|e| Error::io("flush the image", path, e))?;
     }
     // What several states should have shared may have reached only the active one, which then owns it alone.
-    let flags = copied_repairs(image).map_err(wrap)?;
-    for write in &flags {
-        store.write_at(write.offset.0, &write.bytes).map_err(|e| Error::io("write tables of", path, e))?;
-    }
-    if !flags.is_empty() {
+    if fit_copied(image, &Threads).map_err(wrap)? {
         store.barrier().map_err(|e| Error::io("flush the image", path, e))?;
     }
     cut(path, image, &mut allocator)?;
@@ -51,7 +47,8 @@ pub(crate) fn mend(disk: &dyn Disk, path: &Path) -> Result<()> {
     open_writer_alone(disk, path)?.close().map_err(|e| Error::image(path, e))?;
     let wrap = |e| Error::image(path, e);
     let image = Image::open(open_locked(disk, path)?).map_err(wrap)?;
-    if !leaked(&image).map_err(wrap)?.is_empty() || !copied_repairs(&image).map_err(wrap)?.is_empty() {
+    let leaks = leaked_with(&image, &Threads).map_err(wrap)?;
+    if !leaks.is_empty() || !copied_fits(&image, &Threads).map_err(wrap)? {
         give_back(path, &image)?;
     }
     Ok(())

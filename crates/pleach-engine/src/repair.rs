@@ -7,7 +7,7 @@ use pleach_format::Incompatible;
 use pleach_image::{RepairMode, RepairPlan, plan_repair, read_head, undo};
 use pleach_store::{Access, Disk, Role, Store};
 
-use crate::{Error, ErrorKind, Result};
+use crate::{Error, ErrorKind, Result, Threads};
 
 /// A planned repair of a locked image.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ impl Repair {
         let (access, role) =
             if only_plan { (Access::Read, Role::Read) } else { (Access::Write, Role::Write) };
         let store = open(disk, path, access, role)?;
-        let plan = plan_repair(&store, mode).map_err(|e| Error::image(path, e))?;
+        let plan = plan_repair(&store, mode, &Threads).map_err(|e| Error::image(path, e))?;
         Ok(Self { path: path.to_owned(), store, plan })
     }
 

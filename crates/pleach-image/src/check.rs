@@ -1,6 +1,6 @@
 //! Consistency of one image: what `qemu-img check` counts, and why.
 
-use pleach_alloc::{Discrepancy, Place, RefcountTable, Write};
+use pleach_alloc::{Discrepancy, RefcountTable};
 use pleach_format::{HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
 
 use crate::walk::{Entries, Finding, TableUse, Walked, walk};
@@ -169,65 +169,14 @@ fn external(image: &Image, at: u64, base: u64, report: &mut CheckReport) -> Resu
     })
 }
 
-/// The entries of the active tables whose COPIED flags do not fit the stored counts, as they should be: where, and what.
-/// For an image in which nothing else is wrong.
-///
-/// # Errors
-/// A refcount table or a table that cannot be read, or breaks the format.
-pub fn copied_repairs(image: &Image) -> Result<Vec<Write>, ImageError> {
-    let table = RefcountTable::load(&**image.store(), Place::of(image.header()))?;
-    let mut counts = Counts::new(&table);
-    copied_entries(image, &mut |cluster| counts.get(cluster))
-}
-
-/// The entries of the active tables whose COPIED flags do not fit what `count` says, as they should be.
-pub(crate) fn copied_entries(
-    image: &Image,
-    count: &mut dyn FnMut(HostCluster) -> u64,
-) -> Result<Vec<Write>, ImageError> {
-    let (g, version) = (image.geometry(), image.header().version());
-    let width = g.l2_entry_bytes();
-    let mut writes = Vec::new();
-    for (slot, entry) in (0..).zip(image.l1()) {
-        let at = entry.l2_table(g).map_err(ImageError::format("L1 entry", None))?;
-        let Some((at, table)) = at.zip(image.l2_table(*entry)?) else { continue };
-        let wanted = entry.with_copied(count(g.host_cluster(at)) == 1);
-        if wanted != *entry {
-            let offset = HostOffset(image.header().l1_table_offset().0 + slot * 8);
-            writes.push(Write { offset, bytes: wanted.0.to_be_bytes().to_vec() });
-        }
-        if image.external_data() {
-            // Every allocated entry has the flag: nothing there is counted.
-            continue;
-        }
-        let mut fitted = table.clone();
-        let mut changed: Option<(usize, usize)> = None;
-        image.for_each_entry(&table, |slot, entry| {
-            let raw = entry.descriptor;
-            let Ok(Mapping::Data(host) | Mapping::ZeroAllocated(host)) = raw.decode(g, version) else {
-                return Ok(());
-            };
-            let wanted = raw.with_copied(count(g.host_cluster(host)) == 1);
-            if wanted != raw
-                && let Some(field) = fitted.get_mut(slot * width..slot * width + 8)
-            {
-                field.copy_from_slice(&wanted.0.to_be_bytes());
-                changed = Some((changed.map_or(slot, |c| c.0), slot));
-            }
-            Ok(())
-        })?;
-        if let Some((first, last)) = changed {
-            let bytes = fitted.get(first * width..(last + 1) * width).unwrap_or_default().to_vec();
-            writes.push(Write { offset: HostOffset(at.0 + (first * width) as u64), bytes });
-        }
-    }
-    Ok(writes)
-}
-
 /// The COPIED flags that do not fit the stored counts.
-pub(crate) fn copied_findings(image: &Image, walked: &Walked) -> Result<Vec<Finding>, ImageError> {
+pub(crate) fn copied_findings(
+    image: &Image,
+    walked: &Walked,
+    workers: &dyn Workers,
+) -> Result<Vec<Finding>, ImageError> {
     let mut report = CheckReport { every: true, ..CheckReport::default() };
-    copied_flags(image, walked, &Alone, &mut report)?;
+    copied_flags(image, walked, workers, &mut report)?;
     Ok(report.findings)
 }
 

@@ -201,6 +201,25 @@ pub(crate) enum Flags<'a> {
     Fit(&'a RefcountTable),
 }
 
+/// Whether the COPIED flags of the active state fit the counts in the file. For an image in which nothing else is wrong.
+///
+/// # Errors
+/// A damaged entry or table; what the system says.
+pub fn copied_fits(image: &Image, workers: &dyn Workers) -> Result<bool, ImageError> {
+    let table = RefcountTable::load(&**image.store(), Place::of(image.header()))?;
+    Ok(!set_copied(image, Flags::Fit(&table), Effect::Try, workers)?)
+}
+
+/// Lets the COPIED flags of the active state fit the counts in the file, which are durable. Nothing is flushed. True if
+/// anything was written.
+///
+/// # Errors
+/// As [`copied_fits`].
+pub fn fit_copied(image: &Image, workers: &dyn Workers) -> Result<bool, ImageError> {
+    let table = RefcountTable::load(&**image.store(), Place::of(image.header()))?;
+    set_copied(image, Flags::Fit(&table), Effect::Write, workers)
+}
+
 /// Finds the COPIED flags of the active state that are not as they should be, and writes them with [`Effect::Write`]. Nothing
 /// is flushed. True if there are any.
 ///

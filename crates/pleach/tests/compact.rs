@@ -102,6 +102,32 @@ fn compressed_data_share_a_cluster_only_where_counts_say_so() {
     }
 }
 
+/// Most of a file whose disk was full once may be refcount blocks, which go: what lies among them moves.
+#[test]
+fn compressed_data_among_refcount_blocks_move() {
+    let work = WorkDir::new("compact");
+    let path = work.join("image.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", text(&path), "64M"]);
+    let io = |commands: &[&str]| qemu_io(&path, Format::Qcow2, commands);
+    io(&["write -q -P 1 0 30k"]);
+    (60..70).for_each(|sector| io(&[&format!("write -q -c -P 7 {} 512", sector * 512)]));
+    qemu_img(&["snapshot", "-c", "s", text(&path)]);
+    io(&["write -q -P 2 200k 30M"]);
+    qemu_img(&["snapshot", "-a", "s", text(&path)]);
+    qemu_img(&["snapshot", "-d", "s", text(&path)]);
+    io(&["discard -q 0 30k"]);
+    let before = oracle::digest(&path, Format::Qcow2);
+    let run = |more: &str| Tool::new(PLEACH).json(&["compact", more, "--json", text(&path)])["plan"].clone();
+    let said = run("-n");
+    assert_eq!(run("-y"), said);
+    let len = fs::metadata(&path).unwrap().len();
+    assert_eq!(len, said["size_after"]);
+    assert!(len < 30 << 10, "{len}");
+    check_clean(&path);
+    assert_eq!(oracle::digest(&path, Format::Qcow2), before);
+    assert_eq!(run("-n")["size_after"], len, "nothing is left to do");
+}
+
 /// Flags that do not fit the counts are an error to stock tools, though nothing leaked.
 #[test]
 fn copied_flags_are_set_right() {
@@ -116,7 +142,8 @@ fn copied_flags_are_set_right() {
         }
         patch(&path, offset, &[byte]);
         assert!(!check(&path, Format::Qcow2).is_clean(), "{offset:x}");
-        let run = |more: &str| Tool::new(PLEACH).json(&["compact", more, "--json", text(&path)])["plan"].clone();
+        let run =
+            |more: &str| Tool::new(PLEACH).json(&["compact", more, "--json", text(&path)])["plan"].clone();
         let said = run("-n");
         assert_eq!(said["copied_flags_wrong"], true, "{offset:x}");
         assert_eq!(run("-y"), said, "{offset:x}");
@@ -124,6 +151,29 @@ fn copied_flags_are_set_right() {
         qemu_io(&path, Format::Qcow2, &["read -q -P 1 0 64k"]);
         assert_eq!(run("-n")["copied_flags_wrong"], false, "{offset:x}");
     }
+}
+
+/// What a writer with lazy refcounts leaves when it is killed: nothing was counted.
+#[test]
+fn a_dirty_image_is_planned_as_its_repair_leaves_it() {
+    let work = WorkDir::new("compact");
+    let path = work.join("image.qcow2");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", text(&path), "8M"]);
+    qemu_io(&path, Format::Qcow2, &["write -q -P 1 0 1M", "write -q -P 2 4M 1M", "discard -q 0 512k"]);
+    let before = oracle::digest(&path, Format::Qcow2);
+    // The mark, and no count for the last clusters.
+    patch(&path, 79, &[1]);
+    let last = fs::metadata(&path).unwrap().len() / (64 << 10) - 1;
+    patch(&path, (2 << 16) + 2 * (last - 3), &[0; 8]);
+    let bytes = fs::read(&path).unwrap();
+    let run = |more: &str| Tool::new(PLEACH).json(&["compact", more, "--json", text(&path)])["plan"].clone();
+    let said = run("-n");
+    assert!(fs::read(&path).unwrap() == bytes, "-n changes nothing");
+    assert_eq!(run("-y"), said);
+    assert_eq!(fs::metadata(&path).unwrap().len(), said["size_after"]);
+    assert!(said["size_after"].as_u64() < Some(bytes.len() as u64), "{said}");
+    check_clean(&path);
+    assert_eq!(oracle::digest(&path, Format::Qcow2), before);
 }
 
 #[test]

@@ -75,13 +75,13 @@ pub(super) struct Extent {
 }
 
 /// Where everything is in a file without leaks.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Layout {
     /// By cluster.
     pub(super) roles: Vec<Role>,
     pub(super) roots: Vec<Root>,
-    /// Compressed data that end behind as many clusters as are used at all, in order, each once, and how many references
-    /// they have.
+    /// Compressed data that end behind as many clusters as are used for other things than guest data and refcount blocks, in
+    /// order, each once, and how many references they have.
     pub(super) packed: Vec<(Extent, u64)>,
     /// The highest count of a cluster.
     pub(super) most_references: u64,
@@ -180,7 +180,8 @@ impl Layout {
         for &(at, _) in &tables {
             layout.mark(g.host_cluster(HostOffset(at)).0, 1, Role::Table)?;
         }
-        let used = layout.used();
+        // What ends below this many clusters never moves. Refcount blocks do not count: fewer of them may be left.
+        let stays = layout.used() - table.blocks().iter().flatten().count() as u64;
         let pieces: Vec<_> = tables.chunks(tables_a_piece(g.cluster_bytes())).collect();
         let shared = Mutex::new(layout);
         let done = collect(workers, pieces.len(), |i| -> Result<(), ImageError> {
@@ -202,8 +203,7 @@ impl Layout {
                                 Extent { offset: extent.offset.0, bytes: image.counted_bytes(extent).max(1) };
                             let first = extent.offset / g.cluster_size();
                             met.push((first, extent.end().div_ceil(g.cluster_size()) - first, Role::Packed));
-                            // What ends below this many clusters never moves.
-                            if extent.end() > used * g.cluster_size() {
+                            if extent.end() > stays * g.cluster_size() {
                                 packed.push((extent, times));
                             }
                         }

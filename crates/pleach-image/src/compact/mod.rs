@@ -10,7 +10,7 @@ mod zeroes;
 
 use std::sync::Arc;
 
-use pleach_alloc::{Allocator, Census, Discrepancy, Place, RefcountTable};
+use pleach_alloc::{Allocator, Census, Discrepancy, Place};
 use pleach_format::Incompatible;
 use pleach_store::Store;
 
@@ -19,7 +19,8 @@ use self::moves::{Done, Mover};
 use self::plan::Plan;
 use self::zeroes::Zeroes;
 use crate::publish::barrier;
-use crate::recount::{Effect, Flags, set_copied};
+use crate::recount::{copied_fits, fit_copied};
+use crate::repair::as_repaired;
 use crate::{Image, ImageError, RepairMode, Workers, clear_unknown_autoclear, leaked_with, repair};
 
 /// What a compaction does besides.
@@ -56,7 +57,8 @@ pub trait Steps: Sync {
     fn stop(&self) -> bool;
 }
 
-/// What compacting `image` would do. Reads tables only, unless zeros are looked for.
+/// What compacting `image` would do; one that is marked dirty is taken as its repair would leave it. Reads tables only,
+/// unless zeros are looked for.
 ///
 /// # Errors
 /// As [`leaked_with`]; [`ImageError::NeedsRepair`]; [`ImageError::Refused`] for a cluster with two uses;
@@ -66,13 +68,16 @@ pub fn plan_compact(
     options: CompactOptions,
     workers: &dyn Workers,
 ) -> Result<Compaction, ImageError> {
+    let before = image.file_len();
+    let repaired =
+        left_dirty(image).then(|| as_repaired(image.store(), RepairMode::All, workers)).transpose()?;
+    let image = repaired.as_ref().unwrap_or(image);
     image.check_writable()?;
     let leaks = leaked_with(image, workers)?;
-    let flags = fit_copied(image, Effect::Try, workers)?;
+    let flags = !copied_fits(image, workers)?;
     let zeroes = options.zeroes.then(|| Zeroes::find(image, workers)).transpose()?;
-    let layout = Layout::of(image, zeroes.as_ref(), workers)?;
-    let plan = Plan::of(&layout);
-    Ok(summary(image, &leaks, flags, zeroes.as_ref(), &plan))
+    let plans = Plan::all(Layout::of(image, zeroes.as_ref(), workers)?, image.file_len());
+    Ok(Compaction { before, ..summary(image, &leaks, flags, zeroes.as_ref(), &plans) })
 }
 
 fn summary(
@@ -80,30 +85,31 @@ fn summary(
     leaks: &[Discrepancy],
     flags: bool,
     zeroes: Option<&Zeroes>,
-    plan: &Plan,
+    plans: &[Plan],
 ) -> Compaction {
     let size = image.geometry().cluster_size();
     Compaction {
         before: image.file_len(),
-        after: length(plan, size, image.file_len()),
+        after: plans.iter().fold(image.file_len(), |len, plan| plan.length(size, len)),
         leaked: leaks.len() as u64,
         flags,
         zeroed: zeroes.map_or(0, Zeroes::count),
-        moved: plan.copied(size) * size,
+        moved: plans.iter().map(|plan| plan.copied(size) * size).sum(),
     }
 }
 
-/// How long a file of `len` bytes will be.
-fn length(plan: &Plan, cluster: u64, len: u64) -> u64 {
-    let end = plan.end * cluster;
-    if plan.moves() { end } else { end.min(len) }
+/// Whether somebody stopped writing half-way, which is mended before anything else.
+fn left_dirty(image: &Image) -> bool {
+    let marks = image.header().incompatible();
+    marks.has(Incompatible::DIRTY) && !marks.has(Incompatible::CORRUPT)
 }
 
-/// Compacts the image in `store`, which the caller has locked for writing. At every instant other tools read all its states as
-/// they are; a crash leaves nothing worse than leaks. `None` if it was stopped.
+/// Compacts the image in `store`, which the caller has locked for writing; one that is marked dirty is repaired first. At
+/// every instant other tools read all its states as they are; a crash leaves nothing worse than leaks. `None` if it was
+/// stopped.
 ///
 /// # Errors
-/// As [`plan_compact`], but an image that is marked dirty is repaired; what the system says.
+/// As [`plan_compact`]; what the system says.
 pub fn compact(
     store: &Arc<dyn Store>,
     options: CompactOptions,
@@ -111,23 +117,23 @@ pub fn compact(
     steps: &dyn Steps,
 ) -> Result<Option<Compaction>, ImageError> {
     let mut image = Image::open(Arc::clone(store))?;
-    let marks = image.header().incompatible();
-    if marks.has(Incompatible::DIRTY) && !marks.has(Incompatible::CORRUPT) {
-        repair(store, RepairMode::All)?;
+    let before = image.file_len();
+    if left_dirty(&image) {
+        repair(store, RepairMode::All, workers)?;
         image = Image::open(Arc::clone(store))?;
     }
     image.check_writable()?;
     let leaks = leaked_with(&image, workers)?;
-    let flags = fit_copied(&image, Effect::Try, workers)?;
+    let flags = !copied_fits(&image, workers)?;
     let zeroes = options.zeroes.then(|| Zeroes::find(&image, workers)).transpose()?;
-    let plan = Plan::of(&Layout::of(&image, zeroes.as_ref(), workers)?);
-    let done = summary(&image, &leaks, flags, zeroes.as_ref(), &plan);
+    let plans = Plan::all(Layout::of(&image, zeroes.as_ref(), workers)?, image.file_len());
+    let done = Compaction { before, ..summary(&image, &leaks, flags, zeroes.as_ref(), &plans) };
     clear_unknown_autoclear(&**store)?;
     steps.expect(done.moved);
     let mover = Mover { store, workers, steps };
     give_back(&mover, &image, &leaks)?;
     // Lowered counts ask for flags, too.
-    if (flags || !leaks.is_empty()) && fit_copied(&image, Effect::Write, workers)? {
+    if (flags || !leaks.is_empty()) && fit_copied(&image, workers)? {
         barrier(&**store)?;
     }
     drop(leaks);
@@ -137,13 +143,14 @@ pub fn compact(
         mover.lower(&gone)?;
     }
     drop(image);
-    Ok((mover.run(&plan)? == Done::Yes).then_some(done))
-}
-
-/// Lets the COPIED flags of `image` fit the counts in its file. True if any does not.
-fn fit_copied(image: &Image, effect: Effect, workers: &dyn Workers) -> Result<bool, ImageError> {
-    let table = RefcountTable::load(&**image.store(), Place::of(image.header()))?;
-    set_copied(image, Flags::Fit(&table), effect, workers)
+    for (i, plan) in plans.into_iter().enumerate() {
+        // What is foreseen of later plans is how far they get; where things really are, only the file says.
+        let plan = if i == 0 { plan } else { Plan::of(&Layout::of(&mover.image()?, None, workers)?) };
+        if mover.run(&plan)? == Done::Stopped {
+            return Ok(None);
+        }
+    }
+    Ok(Some(done))
 }
 
 /// Lowers counts to the number of references.

@@ -12,7 +12,7 @@ use pleach_store::Store;
 
 use super::Steps;
 use super::layout::{Extent, Role, Root, RootKind, all_tables};
-use super::plan::Plan;
+use super::plan::{Plan, SINGLE};
 use crate::check::Counts;
 use crate::publish::{barrier, read_sector, set_snapshots, write_sector};
 use crate::recount::{Effect, change_counts, drop_blocks};
@@ -50,8 +50,7 @@ impl Mover<'_> {
     /// Carries out `plan`.
     pub(super) fn run(&self, plan: &Plan) -> Result<Done, ImageError> {
         self.add_blocks(&plan.new_blocks)?;
-        let roles = [Role::Data, Role::Table, Role::Bits, Role::Block];
-        for role in roles {
+        for role in SINGLE {
             let moves = plan.aside.iter().filter(|(r, ..)| *r == role).map(|&(_, from, to)| (from, to));
             if self.singles(role, moves)? == Done::Stopped {
                 return Ok(Done::Stopped);
@@ -66,7 +65,7 @@ impl Mover<'_> {
             }
             self.packed(batch)?;
         }
-        for role in roles {
+        for role in SINGLE {
             if self.singles(role, plan.singles.of(role))? == Done::Stopped {
                 return Ok(Done::Stopped);
             }
@@ -75,7 +74,7 @@ impl Mover<'_> {
         Ok(Done::Yes)
     }
 
-    fn image(&self) -> Result<Image, ImageError> {
+    pub(super) fn image(&self) -> Result<Image, ImageError> {
         Image::open(Arc::clone(self.store))
     }
 
@@ -462,7 +461,7 @@ impl Mover<'_> {
         self.lower(&left)?;
         let (len, end) =
             (self.store.len().map_err(ImageError::io("find the file's length"))?, plan.end * size);
-        if len != super::length(plan, size, len) {
+        if len != plan.length(size, len) {
             self.store.set_len(end).map_err(ImageError::io("cut the file"))?;
             barrier(&**self.store)?;
         }

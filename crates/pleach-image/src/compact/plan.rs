@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::layout::{Extent, Layout, Role, Root};
+use super::layout::{Extent, Layout, Role, Root, RootKind};
 
 /// What a compaction moves.
 #[derive(Debug, Default)]
@@ -25,6 +25,9 @@ pub(super) struct Plan {
     pub(super) singles: Singles,
 }
 
+/// Roles of single clusters, in the order in which they are moved.
+pub(super) const SINGLE: [Role; 4] = [Role::Data, Role::Table, Role::Bits, Role::Block];
+
 /// The moves of single clusters, as what is where before them.
 #[derive(Debug, Default)]
 pub(super) struct Singles {
@@ -36,7 +39,7 @@ pub(super) struct Singles {
 impl Singles {
     /// The moves of the clusters of one role, in order. Roles take the free places in their fixed order.
     pub(super) fn of(&self, role: Role) -> impl Iterator<Item = (u64, u64)> {
-        let before: u64 = [Role::Data, Role::Table, Role::Bits, Role::Block]
+        let before: u64 = SINGLE
             .into_iter()
             .take_while(|other| *other != role)
             .map(|other| self.behind(other).count() as u64)
@@ -59,10 +62,7 @@ impl Singles {
 
     /// How many.
     pub(super) fn count(&self) -> u64 {
-        [Role::Data, Role::Table, Role::Bits, Role::Block]
-            .into_iter()
-            .map(|role| self.behind(role).count() as u64)
-            .sum()
+        SINGLE.into_iter().map(|role| self.behind(role).count() as u64).sum()
     }
 }
 
@@ -70,6 +70,92 @@ impl Singles {
 const MOST_TRIES: usize = 200;
 
 impl Plan {
+    /// What is done with a file of `len` bytes, one plan after the other, each for what the one before leaves: what lies
+    /// closer together then may fit into less. The last one leaves nothing that another would do.
+    pub(super) fn all(mut layout: Layout, mut len: u64) -> Vec<Self> {
+        let mut plans: Vec<Self> = Vec::new();
+        loop {
+            let plan = Self::of(&layout);
+            let shorter = plan.length(layout.cluster, len);
+            if !plans.is_empty() && shorter >= len {
+                return plans;
+            }
+            layout = plan.outcome(layout);
+            len = shorter;
+            plans.push(plan);
+        }
+    }
+
+    /// How long a file of `len` bytes will be.
+    pub(super) fn length(&self, cluster: u64, len: u64) -> u64 {
+        let end = self.end * cluster;
+        if self.moves() { end } else { end.min(len) }
+    }
+
+    /// What `layout`, for which this plan was made, will be when it is carried out.
+    fn outcome(&self, layout: Layout) -> Layout {
+        let Layout { mut roles, roots, packed, mut blocks, cluster, .. } = layout;
+        let index = |c: u64| usize::try_from(c).unwrap_or(usize::MAX);
+        let mut set = |first: u64, n: u64, role: Role| {
+            let end = index(first + n).min(roles.len());
+            roles.get_mut(index(first)..end).unwrap_or_default().fill(role);
+        };
+        let mut moved: BTreeMap<u64, u64> = BTreeMap::new();
+        for &(role, from, to) in &self.aside {
+            set(from, 1, Role::Free);
+            set(to, 1, role);
+            moved.insert(from, to);
+        }
+        let place = |root: Root| match self.roots.iter().find(|(other, _)| *other == root) {
+            Some(&(_, first)) => Root { first, ..root },
+            None => root,
+        };
+        roots.iter().for_each(|root| set(root.first, root.clusters, Role::Free));
+        let mut roots: Vec<Root> = roots.into_iter().map(place).collect();
+        for root in roots.iter_mut().filter(|root| root.what == RootKind::Refcounts) {
+            root.clusters = root.clusters.min(self.table_clusters);
+        }
+        roots.iter().for_each(|root| set(root.first, root.clusters, Role::Root));
+        let clusters = |e: Extent| (e.offset / cluster, e.end().div_ceil(cluster) - e.offset / cluster);
+        let mut packed_now: Vec<(Extent, u64)> = Vec::new();
+        for (extent, times) in packed {
+            let to = self.packed.binary_search_by_key(&extent, |(e, _)| *e).ok();
+            let offset = to.and_then(|i| self.packed.get(i)).map_or(extent.offset, |(_, to)| *to);
+            if offset != extent.offset {
+                let (first, n) = clusters(extent);
+                set(first, n, Role::Free);
+            }
+            packed_now.push((Extent { offset, ..extent }, times));
+        }
+        packed_now.sort_unstable();
+        // What stays may share a cluster with what has gone.
+        for &(extent, _) in &packed_now {
+            let (first, n) = clusters(extent);
+            set(first, n, Role::Packed);
+        }
+        for role in SINGLE {
+            for (from, to) in self.singles.of(role) {
+                set(from, 1, Role::Free);
+                set(to, 1, role);
+                moved.insert(from, to);
+            }
+        }
+        for block in blocks.iter_mut().flatten() {
+            *block = moved.get(block).copied().unwrap_or(*block);
+        }
+        let kept = index(self.blocks);
+        blocks.iter().skip(kept).flatten().for_each(|&c| set(c, 1, Role::Free));
+        blocks.resize(kept, None);
+        for &(number, at) in &self.new_blocks {
+            set(at, 1, Role::Block);
+            if let Some(block) = blocks.get_mut(index(number)) {
+                *block = Some(at);
+            }
+        }
+        roles.truncate(index(self.end));
+        Layout { roles, roots, packed: packed_now, blocks, ..layout }
+    }
+
     /// The plan with the lowest end that is found: as many clusters as are used, or a few more where what must stay together
     /// does not fit.
     pub(super) fn of(layout: &Layout) -> Self {
@@ -260,7 +346,6 @@ impl Room {
 mod tests {
     use pleach_testkit::Rng;
 
-    use super::super::layout::RootKind;
     use super::*;
 
     const MOST_REFERENCES: u64 = 8;
@@ -372,7 +457,7 @@ mod tests {
                 assert!(free(&roles, *cluster), "seed {seed}: block");
                 roles[usize::try_from(*cluster).unwrap()] = Role::Block;
             }
-            for role in [Role::Data, Role::Table, Role::Bits, Role::Block] {
+            for role in SINGLE {
                 for (from, to) in plan.singles.of(role) {
                     assert_eq!(roles[usize::try_from(from).unwrap()], role, "seed {seed}");
                     assert!(free(&roles, to) && to < plan.end, "seed {seed}: {role:?}");
@@ -385,6 +470,7 @@ mod tests {
                 behind.clone().all(|r| matches!(r, Role::Free | Role::Packed | Role::Block)),
                 "seed {seed}"
             );
+            assert_outcome(&plan, &layout, seed);
             let kept = layout.packed.iter().filter(|(e, _)| e.end() > plan.end * 512).count();
             assert!(kept == plan.packed.len() || !plan.moves(), "seed {seed}");
             moved += plan.copied(512);
@@ -392,6 +478,33 @@ mod tests {
             packed += plan.packed.len();
         }
         assert!(moved > 1000 && aside > 5 && packed > 100, "{moved} {aside} {packed}");
+    }
+
+    /// What is foreseen of a plan: nothing is lost, and a last plan leaves nothing to do.
+    fn assert_outcome(plan: &Plan, layout: &Layout, seed: u64) {
+        let after = plan.outcome(layout.clone());
+        assert!(after.end() <= plan.end, "seed {seed}");
+        for role in [Role::Data, Role::Table, Role::Bits, Role::Fixed] {
+            let count = |layout: &Layout| layout.roles.iter().filter(|r| **r == role).count();
+            assert_eq!(count(&after), count(layout), "seed {seed}: {role:?}");
+        }
+        let blocks = after.roles.iter().filter(|r| **r == Role::Block).count();
+        assert_eq!(blocks, after.blocks.iter().flatten().count(), "seed {seed}");
+        assert_eq!(after.roots.len(), layout.roots.len(), "seed {seed}");
+        for (extent, _) in &after.packed {
+            let touched = extent.offset / 512..extent.end().div_ceil(512);
+            let roles = touched.map(|c| after.roles.get(usize::try_from(c).unwrap()));
+            assert!(roles.into_iter().all(|r| r == Some(&Role::Packed)), "seed {seed}: {extent:?}");
+        }
+        let len = layout.end() * 512;
+        let plans = Plan::all(layout.clone(), len);
+        let (mut last, mut len) = (layout.clone(), len);
+        for plan in plans {
+            len = plan.length(512, len);
+            last = plan.outcome(last);
+        }
+        let more = Plan::of(&last);
+        assert!(more.length(512, len) == len && !more.moves(), "seed {seed}: {more:?}");
     }
 
     /// Single clusters fill every hole.

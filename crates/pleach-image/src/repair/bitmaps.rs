@@ -10,7 +10,7 @@ use crate::walk::{BITMAPS_EXTENSION, bitmap_entry_fault};
 use crate::{ImageError, escape};
 
 /// Makes every bitmap that the image lists readable.
-pub(crate) fn mend(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageError> {
+pub(crate) fn mend(repairer: &mut Repairer<'_>, roles: &mut Roles) -> Result<(), ImageError> {
     let head = read_head(repairer.store())?;
     let header = &head.header;
     let Some(stored) = header.extension(ExtensionKind::Bitmaps) else { return Ok(()) };
@@ -86,7 +86,7 @@ fn entry_len(directory: &[u8], at: usize) -> Option<usize> {
 
 /// The bitmap's name, and what is wrong with it.
 fn fault(
-    repairer: &Repairer,
+    repairer: &Repairer<'_>,
     header: &Header,
     roles: &mut Roles,
     raw: &[u8],
@@ -125,7 +125,7 @@ fn fault(
 }
 
 /// A shorter directory in a new place.
-fn put(repairer: &mut Repairer, head: &Head, kept: &[u8], count: u32) -> Result<(), ImageError> {
+fn put(repairer: &mut Repairer<'_>, head: &Head, kept: &[u8], count: u32) -> Result<(), ImageError> {
     let g = head.header.geometry();
     let mut bytes = kept.to_vec();
     bytes.resize(bytes.len().next_multiple_of(g.cluster_bytes()), 0);
@@ -140,7 +140,7 @@ fn put(repairer: &mut Repairer, head: &Head, kept: &[u8], count: u32) -> Result<
 }
 
 /// The image has no bitmaps any more.
-fn drop_all(repairer: &mut Repairer, head: &Head, why: &str) -> Result<(), ImageError> {
+fn drop_all(repairer: &mut Repairer<'_>, head: &Head, why: &str) -> Result<(), ImageError> {
     let header = &head.header;
     let Some(extension) = header.extension(ExtensionKind::Bitmaps) else { return Ok(()) };
     let word = header.autoclear().0 & !Autoclear::BITMAPS.0;

@@ -11,7 +11,7 @@ use super::links::clusters;
 use crate::census::MOST_DIFFERENCES;
 use crate::check::copied_findings;
 use crate::walk::{Walked, walk};
-use crate::{Alone, CheckReport, Image, ImageError};
+use crate::{CheckReport, Image, ImageError};
 
 /// Largest refcount table that QEMU opens.
 const MAX_TABLE: u64 = 8 << 20;
@@ -25,7 +25,7 @@ const OF_ENTRIES: [&str; 5] =
 /// Lowers counts that are too high, and nothing else. Where a pointer is damaged, what it may have led to stays counted;
 /// where a table is, everything does. With `unused_only`, so does everything that is in use.
 pub(crate) fn lower_leaks(
-    repairer: &mut Repairer,
+    repairer: &mut Repairer<'_>,
     before: &CheckReport,
     unused_only: bool,
 ) -> Result<(), ImageError> {
@@ -48,7 +48,7 @@ pub(crate) fn lower_leaks(
         return Ok(());
     }
     let image = repairer.image()?;
-    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
+    let walked = walk(&image, repairer.workers, &mut |_| Ok(()))?;
     if shared(&walked) {
         let message = format!(
             "{} leaked clusters stay counted: a refcount block is where something else is, too",
@@ -115,10 +115,10 @@ fn readings(image: &Image, entry: u64) -> BTreeSet<u64> {
 }
 
 /// Makes every count what the pointers say, in place where the refcount structures can be trusted, else in new ones.
-pub(crate) fn settle(repairer: &mut Repairer) -> Result<(), ImageError> {
+pub(crate) fn settle(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let mut damaged = repairer.rebuild;
-    let mut walked = walk(&image, &Alone, &mut |finding| {
+    let mut walked = walk(&image, repairer.workers, &mut |finding| {
         damaged |= matches!(finding.code, "refcount-block-pointer" | "refcount-table");
         Ok(())
     })?;
@@ -186,7 +186,7 @@ fn forget_structures(walked: &mut Walked) {
 }
 
 /// Sets counts in blocks that exist: first what rises, in a later stage what is lowered.
-fn set(repairer: &mut Repairer, counts: &RefcountTable, found: &[Discrepancy]) -> Result<(), ImageError> {
+fn set(repairer: &mut Repairer<'_>, counts: &RefcountTable, found: &[Discrepancy]) -> Result<(), ImageError> {
     let place = counts.place();
     let mut by_block: BTreeMap<u64, Vec<&Discrepancy>> = BTreeMap::new();
     for d in found {
@@ -211,7 +211,7 @@ fn set(repairer: &mut Repairer, counts: &RefcountTable, found: &[Discrepancy]) -
     Ok(())
 }
 
-fn report(repairer: &mut Repairer, place: Place, found: &[Discrepancy]) {
+fn report(repairer: &mut Repairer<'_>, place: Place, found: &[Discrepancy]) {
     for d in found {
         let (code, effect) = if d.is_leak() {
             ("leak", "nobody reads the rest: it is free again")
@@ -247,7 +247,7 @@ type NewBlocks = BTreeMap<u64, (u64, u64)>;
 
 /// Blocks that must be there and are not; `None` if the table has no room for them.
 fn missing_blocks(
-    repairer: &mut Repairer,
+    repairer: &mut Repairer<'_>,
     image: &Image,
     walked: &Walked,
     found: &[Discrepancy],
@@ -275,7 +275,7 @@ fn missing_blocks(
 }
 
 fn put_blocks(
-    repairer: &mut Repairer,
+    repairer: &mut Repairer<'_>,
     place: Place,
     blocks: &NewBlocks,
     found: &[Discrepancy],
@@ -301,7 +301,7 @@ fn put_blocks(
 }
 
 /// A new refcount table with new blocks, behind everything else.
-fn rebuild(repairer: &mut Repairer, place: Place, census: &Census) -> Result<(), ImageError> {
+fn rebuild(repairer: &mut Repairer<'_>, place: Place, census: &Census) -> Result<(), ImageError> {
     let g = place.geometry;
     let cluster = g.cluster_size();
     let start = g.host_cluster(HostOffset(repairer.draft.fresh(0, cluster)?)).0;
@@ -373,14 +373,14 @@ fn rebuild(repairer: &mut Repairer, place: Place, census: &Census) -> Result<(),
 }
 
 /// Makes the COPIED flags of the active state fit the counts.
-pub(crate) fn copied_flags(repairer: &mut Repairer) -> Result<(), ImageError> {
+pub(crate) fn copied_flags(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     flags(repairer)
 }
 
-fn flags(repairer: &mut Repairer) -> Result<(), ImageError> {
+fn flags(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let image = repairer.image()?;
-    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
-    let findings = copied_findings(&image, &walked)?;
+    let walked = walk(&image, repairer.workers, &mut |_| Ok(()))?;
+    let findings = copied_findings(&image, &walked, repairer.workers)?;
     drop(image);
     for finding in findings {
         let Some(offset) = finding.offset else { continue };

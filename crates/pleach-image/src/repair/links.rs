@@ -13,7 +13,7 @@ use super::entry::{Becomes, Judge};
 use super::pointers::{Roles, judge};
 use crate::check::Counts;
 use crate::walk::{Entries, walk};
-use crate::{Alone, Image, ImageError, codec};
+use crate::{Image, ImageError, codec};
 
 /// The clusters that `len` bytes from `offset` touch.
 pub(crate) fn clusters(g: Geometry, offset: u64, len: u64) -> RangeInclusive<u64> {
@@ -23,9 +23,9 @@ pub(crate) fn clusters(g: Geometry, offset: u64, len: u64) -> RangeInclusive<u64
 
 /// Keeps new clusters behind all that is counted: a compressed entry may claim a part of the cluster behind the end of
 /// the file, which is then not free.
-pub(crate) fn keep_claims_clear(repairer: &Repairer) -> Result<(), ImageError> {
+pub(crate) fn keep_claims_clear(repairer: &Repairer<'_>) -> Result<(), ImageError> {
     let image = repairer.image()?;
-    let end = walk(&image, &Alone, &mut |_| Ok(()))?.census.end();
+    let end = walk(&image, repairer.workers, &mut |_| Ok(()))?.census.end();
     repairer.draft.keep_clear(image.geometry().host_offset(HostCluster(end)).0);
     Ok(())
 }
@@ -34,7 +34,11 @@ pub(crate) fn keep_claims_clear(repairer: &Repairer) -> Result<(), ImageError> {
 /// or that more entries lead to than can be counted. States share what is at the same place of the disk: that stays.
 ///
 /// `counted`: also the latter two, which can only be told once every entry is right.
-pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: bool) -> Result<(), ImageError> {
+pub(crate) fn separate_data(
+    repairer: &mut Repairer<'_>,
+    roles: &Roles,
+    counted: bool,
+) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let (g, most) = (image.geometry(), image.header().refcount_width().max());
     let judge = judge(repairer, &image);
@@ -43,7 +47,7 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
     if judge.elsewhere {
         return Ok(());
     }
-    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
+    let walked = walk(&image, repairer.workers, &mut |_| Ok(()))?;
     let mut stored = Counts::new(&walked.counts);
     let mut entries = Entries::new(&image);
     let mut owners: HashMap<u64, (u64, u64)> = HashMap::new();
@@ -110,7 +114,7 @@ pub(crate) fn separate_data(repairer: &mut Repairer, roles: &Roles, counted: boo
 
 /// The bytes of an entry that no longer uses the clusters of `raw`, and what the guest will see.
 fn moved(
-    repairer: &mut Repairer,
+    repairer: &mut Repairer<'_>,
     image: &Image,
     judge: &Judge,
     raw: L2Entry,
@@ -146,7 +150,7 @@ fn moved(
     Ok((bytes, verdict.message))
 }
 
-fn unpacked(repairer: &Repairer, image: &Image, judge: &Judge, raw: L2Entry) -> Option<Vec<u8>> {
+fn unpacked(repairer: &Repairer<'_>, image: &Image, judge: &Judge, raw: L2Entry) -> Option<Vec<u8>> {
     let Ok(Mapping::Compressed(extent)) = raw.decode(judge.geometry, judge.version) else { return None };
     let mut packed = vec![0; usize::try_from(extent.bytes).ok()?];
     repairer.draft.read_original(extent.offset.0, &mut packed).ok()?;

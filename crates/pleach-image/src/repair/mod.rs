@@ -25,7 +25,7 @@ use pleach_format::{Autoclear, Incompatible, Version};
 use pleach_store::Store;
 
 use crate::image::read_head;
-use crate::{CheckReport, Finding, Image, ImageError, check};
+use crate::{CheckReport, Finding, Image, ImageError, Workers, check_with};
 use draft::{Draft, Stage};
 
 pub use undo::{UndoFile, undo};
@@ -117,32 +117,63 @@ impl RepairPlan {
 ///
 /// # Errors
 /// As [`plan_repair`] and [`RepairPlan::execute`].
-pub fn repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPlan, ImageError> {
-    let plan = plan_repair(store, mode)?;
+pub fn repair(
+    store: &Arc<dyn Store>,
+    mode: RepairMode,
+    workers: &dyn Workers,
+) -> Result<RepairPlan, ImageError> {
+    let plan = plan_repair(store, mode, workers)?;
     plan.execute(&**store)?;
     Ok(plan)
 }
 
-/// Finds out what a repair would do.
+/// The image in `store` as [`repair`] would leave it. Nothing is written.
+///
+/// # Errors
+/// As [`plan_repair`]; what [`Image::open`] says.
+pub(crate) fn as_repaired(
+    store: &Arc<dyn Store>,
+    mode: RepairMode,
+    workers: &dyn Workers,
+) -> Result<Image, ImageError> {
+    let plan = plan_repair(store, mode, workers)?;
+    let draft = Draft::new(Arc::clone(store))?;
+    for write in plan.stages.iter().flatten() {
+        draft.pretend(write.offset.0, &write.bytes)?;
+    }
+    Image::open(Arc::new(draft))
+}
+
+/// Finds out what a repair would do. The tables are read by `workers`.
 ///
 /// # Errors
 /// A header that does not say where the tables are, a file that cannot be read, or
 /// [`ImageError::CannotRepair`] for damage that nothing can be made of.
-pub fn plan_repair(store: &Arc<dyn Store>, mode: RepairMode) -> Result<RepairPlan, ImageError> {
-    let plan = plan_with(store, mode, false)?;
+pub fn plan_repair(
+    store: &Arc<dyn Store>,
+    mode: RepairMode,
+    workers: &dyn Workers,
+) -> Result<RepairPlan, ImageError> {
+    let plan = plan_with(store, mode, workers, false)?;
     if mode == RepairMode::Leaks && plan.after.errors > plan.before.errors {
         // Beside other damage, a count that falls to 1 may leave a COPIED flag that does not fit it.
-        return plan_with(store, mode, true);
+        return plan_with(store, mode, workers, true);
     }
     Ok(plan)
 }
 
 /// With `unused_only`, leaks of clusters that are in use stay.
-fn plan_with(store: &Arc<dyn Store>, mode: RepairMode, unused_only: bool) -> Result<RepairPlan, ImageError> {
-    let before = first_look(store)?;
+fn plan_with(
+    store: &Arc<dyn Store>,
+    mode: RepairMode,
+    workers: &dyn Workers,
+    unused_only: bool,
+) -> Result<RepairPlan, ImageError> {
+    let before = first_look(store, workers)?;
     let draft = Arc::new(Draft::new(Arc::clone(store))?);
     let mut repairer = Repairer {
         draft,
+        workers,
         actions: Vec::new(),
         rebuild: false,
         surplus_snapshots: false,
@@ -158,7 +189,7 @@ fn plan_with(store: &Arc<dyn Store>, mode: RepairMode, unused_only: bool) -> Res
         }
     }
     let after = match repairer.image() {
-        Ok(image) => check(&image)?,
+        Ok(image) => check_with(&image, workers)?,
         Err(_) => before.clone(),
     };
     if after.errors == 0 {
@@ -180,8 +211,8 @@ fn plan_with(store: &Arc<dyn Store>, mode: RepairMode, unused_only: bool) -> Res
 }
 
 /// What a check says; where it cannot even begin because of a field that a repair sets anew, that field.
-fn first_look(store: &Arc<dyn Store>) -> Result<CheckReport, ImageError> {
-    let error = match Image::open(Arc::clone(store)).and_then(|image| check(&image)) {
+fn first_look(store: &Arc<dyn Store>, workers: &dyn Workers) -> Result<CheckReport, ImageError> {
+    let error = match Image::open(Arc::clone(store)).and_then(|image| check_with(&image, workers)) {
         Ok(report) => return Ok(report),
         Err(error) => error,
     };
@@ -198,7 +229,7 @@ fn first_look(store: &Arc<dyn Store>) -> Result<CheckReport, ImageError> {
 }
 
 /// Mends what can be mended, from the header down.
-fn everything(repairer: &mut Repairer) -> Result<(), ImageError> {
+fn everything(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     roots::mend(repairer)?;
     links::keep_claims_clear(repairer)?;
     let kept = snapshots::mend(repairer)?;
@@ -214,7 +245,7 @@ fn everything(repairer: &mut Repairer) -> Result<(), ImageError> {
 }
 
 /// Clears the marks of an image in which nothing is wrong.
-fn marks(repairer: &mut Repairer) -> Result<(), ImageError> {
+fn marks(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let header = read_head(repairer.store())?.header;
     let word = header.incompatible().0;
     let marks = [(Incompatible::DIRTY, "dirty"), (Incompatible::CORRUPT, "corrupt")];
@@ -232,7 +263,7 @@ fn marks(repairer: &mut Repairer) -> Result<(), ImageError> {
 
 /// A writer clears the autoclear bits that it does not know, before anything else: where nothing else is written, the
 /// draft drops this too.
-fn forget_unknown(repairer: &mut Repairer) -> Result<(), ImageError> {
+fn forget_unknown(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let Ok(head) = read_head(repairer.store()) else { return Ok(()) };
     let (known, word) = (Autoclear::KNOWN.0, head.header.autoclear().0);
     if head.header.version() == Version::V3 && word & !known != 0 {
@@ -262,8 +293,9 @@ impl Places {
 
 /// A repair that is being planned.
 #[derive(Debug)]
-pub(crate) struct Repairer {
+pub(crate) struct Repairer<'a> {
     draft: Arc<Draft>,
+    workers: &'a dyn Workers,
     actions: Vec<Finding>,
     /// The refcount structures must be made anew.
     rebuild: bool,
@@ -282,7 +314,7 @@ const MAX_TOLD: usize = 20_000;
 /// Most bytes that are copied to separate clusters that should not be shared.
 const MAX_COPIED: u64 = 48 << 20;
 
-impl Repairer {
+impl Repairer<'_> {
     fn store(&self) -> &dyn Store {
         &*self.draft
     }

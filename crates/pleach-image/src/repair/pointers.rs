@@ -10,7 +10,7 @@ use super::snapshots::Kept;
 use super::{Repairer, links};
 use crate::image::{check_inside, read_l1};
 use crate::walk::walk;
-use crate::{Alone, Image, ImageError};
+use crate::{Image, ImageError};
 
 /// What metadata is in which cluster. Refcount structures are not among it: they can be made anew elsewhere.
 #[derive(Debug, Default)]
@@ -44,7 +44,7 @@ impl Roles {
     }
 }
 
-pub(crate) fn judge(repairer: &Repairer, image: &Image) -> Judge {
+pub(crate) fn judge(repairer: &Repairer<'_>, image: &Image) -> Judge {
     Judge {
         geometry: image.geometry(),
         version: image.header().version(),
@@ -81,7 +81,7 @@ fn level1(image: &Image) -> Result<Vec<Level1>, ImageError> {
 }
 
 /// Gives every table clusters of its own, so that mending one does not change another. Returns who is where.
-pub(crate) fn separate_tables(repairer: &mut Repairer, kept: Vec<Kept>) -> Result<Roles, ImageError> {
+pub(crate) fn separate_tables(repairer: &mut Repairer<'_>, kept: Vec<Kept>) -> Result<Roles, ImageError> {
     let image = repairer.image()?;
     let (g, header) = (image.geometry(), image.header());
     let cluster = g.cluster_size();
@@ -112,7 +112,7 @@ pub(crate) fn separate_tables(repairer: &mut Repairer, kept: Vec<Kept>) -> Resul
 
 /// L1 tables of snapshots that reach into something else are cut to what they need, or copied.
 fn snapshot_tables(
-    repairer: &mut Repairer,
+    repairer: &mut Repairer<'_>,
     g: Geometry,
     kept: &[Kept],
     roles: &mut Roles,
@@ -152,7 +152,7 @@ fn snapshot_tables(
 }
 
 /// L2 tables that are also another table, or that more entries lead to than can be counted, are copied.
-fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageError> {
+fn second_level(repairer: &mut Repairer<'_>, roles: &mut Roles) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let (g, most) = (image.geometry(), image.header().refcount_width().max());
     let tables = level1(&image)?;
@@ -202,7 +202,7 @@ fn second_level(repairer: &mut Repairer, roles: &mut Roles) -> Result<(), ImageE
 }
 
 /// Makes every entry of every L1 table readable.
-pub(crate) fn mend_l1(repairer: &mut Repairer) -> Result<(), ImageError> {
+pub(crate) fn mend_l1(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let (g, judge) = (image.geometry(), judge(repairer, &image));
     for table in level1(&image)? {
@@ -243,7 +243,7 @@ impl Changes {
 
     fn add(
         &mut self,
-        repairer: &Repairer,
+        repairer: &Repairer<'_>,
         stage: Stage,
         place: u64,
         entry: L1Entry,
@@ -257,7 +257,7 @@ impl Changes {
         Ok(())
     }
 
-    fn put(&mut self, repairer: &Repairer) -> Result<(), ImageError> {
+    fn put(&mut self, repairer: &Repairer<'_>) -> Result<(), ImageError> {
         let bytes = std::mem::take(&mut self.bytes);
         match self.stage.filter(|_| !bytes.is_empty()) {
             Some(stage) => repairer.draft.write(stage, self.at, &bytes),
@@ -267,10 +267,10 @@ impl Changes {
 }
 
 /// Makes every entry of every L2 table readable.
-pub(crate) fn mend_l2(repairer: &mut Repairer) -> Result<(), ImageError> {
+pub(crate) fn mend_l2(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let image = repairer.image()?;
     let (g, judge) = (image.geometry(), judge(repairer, &image));
-    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
+    let walked = walk(&image, repairer.workers, &mut |_| Ok(()))?;
     for (&at, used) in &walked.tables {
         let table = image.l2_table(L1Entry(at))?.unwrap_or_default();
         let mut verdicts = Vec::new();

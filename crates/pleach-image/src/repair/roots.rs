@@ -27,7 +27,7 @@ fn field(error: &ImageError) -> Option<&'static str> {
 }
 
 /// Lets the header parse, if only these fields keep it from that.
-pub(crate) fn mend(repairer: &mut Repairer) -> Result<(), ImageError> {
+pub(crate) fn mend(repairer: &mut Repairer<'_>) -> Result<(), ImageError> {
     let header = loop {
         let error = match read_head(repairer.store()) {
             Ok(head) => break head.header,
@@ -82,7 +82,7 @@ pub(crate) fn mend(repairer: &mut Repairer) -> Result<(), ImageError> {
 }
 
 /// An empty refcount table to go on with; a whole one takes its place later.
-fn empty_table(repairer: &mut Repairer, cluster_size: u64) -> Result<(), ImageError> {
+fn empty_table(repairer: &mut Repairer<'_>, cluster_size: u64) -> Result<(), ImageError> {
     let at = repairer.draft.fresh(1, cluster_size)?;
     let mut root = [0; 12];
     let (offset, clusters) = root.split_at_mut(8);

@@ -24,7 +24,7 @@ pub(crate) struct Kept {
 }
 
 /// Makes the snapshot table readable, and returns the snapshots that it then has.
-pub(crate) fn mend(repairer: &mut Repairer) -> Result<Vec<Kept>, ImageError> {
+pub(crate) fn mend(repairer: &mut Repairer<'_>) -> Result<Vec<Kept>, ImageError> {
     let header = read_head(repairer.store())?.header;
     let count = header.nb_snapshots();
     if count == 0 {
@@ -87,7 +87,7 @@ pub(crate) fn mend(repairer: &mut Repairer) -> Result<Vec<Kept>, ImageError> {
 }
 
 /// Writes the entries that stay as a new table.
-fn put(repairer: &mut Repairer, g: Geometry, kept: &mut [(Vec<u8>, Kept)]) -> Result<(), ImageError> {
+fn put(repairer: &mut Repairer<'_>, g: Geometry, kept: &mut [(Vec<u8>, Kept)]) -> Result<(), ImageError> {
     let mut table = Vec::new();
     for (raw, state) in kept.iter_mut() {
         table.resize(table.len().next_multiple_of(8), 0);

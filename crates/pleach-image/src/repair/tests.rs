@@ -9,7 +9,7 @@ use pleach_store::{RealDisk, Store};
 
 use super::{RepairMode, plan_repair, repair, undo};
 use crate::medium::{Medium, power_losses};
-use crate::{Chain, CreateOptions, Image, Layer, TableEditor, check, create, publish};
+use crate::{Alone, Chain, CreateOptions, Image, Layer, TableEditor, check, create, publish};
 
 /// Guest clusters with data, of 512 bytes each.
 const CLUSTERS: u64 = 100;
@@ -140,7 +140,7 @@ fn a_power_loss_amid_a_repair_loses_nothing_and_leads_back_and_on() {
         let before = content(&damaged);
         let medium = Medium::new(damaged.clone());
         let store = Arc::clone(&medium) as Arc<dyn Store>;
-        let plan = plan_repair(&store, RepairMode::All).unwrap();
+        let plan = plan_repair(&store, RepairMode::All, &Alone).unwrap();
         assert!(plan.before.errors + plan.before.leaks > 0, "{name}");
         assert_eq!(plan.after.errors + plan.after.leaks, 0, "{name}: {:?}", plan.after.findings);
         let undo_file = Medium::new(Vec::new());
@@ -164,7 +164,7 @@ fn a_power_loss_amid_a_repair_loses_nothing_and_leads_back_and_on() {
             undo(&*back, &*undo_file).unwrap_or_else(|e| panic!("{what}: {e}"));
             assert!(back.bytes() == damaged, "{what}: undo brings every byte back");
             let on = Medium::new(bytes);
-            let plan = repair(&(Arc::clone(&on) as Arc<dyn Store>), RepairMode::All)
+            let plan = repair(&(Arc::clone(&on) as Arc<dyn Store>), RepairMode::All, &Alone)
                 .unwrap_or_else(|e| panic!("{what}: {e}"));
             assert_eq!(plan.after.errors + plan.after.leaks, 0, "{what}");
             keeps(&before, &content(&on.bytes()), &what);
@@ -180,7 +180,7 @@ fn no_moment_of_a_repair_leaves_fewer_counts_than_pointers_that_it_made() {
     DAMAGES.iter().find(|d| d.0 == "cross-linked clusters").unwrap().1(&mut damaged);
     let first_errors = check(&Image::open(Medium::new(damaged.clone())).unwrap()).unwrap().errors;
     let medium = Medium::new(damaged.clone());
-    repair(&(Arc::clone(&medium) as Arc<dyn Store>), RepairMode::All).unwrap();
+    repair(&(Arc::clone(&medium) as Arc<dyn Store>), RepairMode::All, &Alone).unwrap();
     power_losses(&damaged, &medium.log(), &mut |bytes, what| {
         let report = check(&Image::open(Medium::new(bytes)).unwrap()).unwrap();
         let low = report.findings.iter().filter(|f| f.code == "refcount-too-low").count();
@@ -195,7 +195,7 @@ fn undo_refuses_an_image_that_was_written_to_since() {
     DAMAGES[6].1(&mut damaged);
     let medium = Medium::new(damaged);
     let store = Arc::clone(&medium) as Arc<dyn Store>;
-    let plan = plan_repair(&store, RepairMode::All).unwrap();
+    let plan = plan_repair(&store, RepairMode::All, &Alone).unwrap();
     let undo_file = Medium::new(Vec::new());
     plan.undo_file(&*store).unwrap().write(&*undo_file).unwrap();
     plan.execute(&*store).unwrap();
@@ -224,11 +224,11 @@ fn what_is_claimed_behind_the_end_stays_clear_of_new_clusters() {
     let path =
         concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/hostile/compressed-claim-behind-the-end.qcow2");
     let medium = Medium::new(std::fs::read(path).unwrap());
-    let plan = repair(&(Arc::clone(&medium) as Arc<dyn Store>), RepairMode::All).unwrap();
+    let plan = repair(&(Arc::clone(&medium) as Arc<dyn Store>), RepairMode::All, &Alone).unwrap();
     assert!(plan.before.errors > 0 && plan.bytes_written() > 0);
     assert_eq!((plan.after.errors, plan.after.leaks), (0, 0), "{:?}", plan.after.findings);
     let report = check(&Image::open(Medium::new(medium.bytes())).unwrap()).unwrap();
     assert_eq!(report, plan.after);
-    let again = plan_repair(&(medium as Arc<dyn Store>), RepairMode::All).unwrap();
+    let again = plan_repair(&(medium as Arc<dyn Store>), RepairMode::All, &Alone).unwrap();
     assert!(again.is_empty(), "{:?}", again.actions);
 }

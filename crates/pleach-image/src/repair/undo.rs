@@ -19,7 +19,6 @@ use pleach_format::HostOffset;
 use pleach_store::Store;
 
 use super::Repairer;
-use crate::Alone;
 use crate::ImageError;
 use crate::walk::walk;
 
@@ -104,12 +103,12 @@ pub fn undo(store: &dyn Store, file: &dyn Store) -> Result<(), ImageError> {
 }
 
 /// The places of all tables, before and after: what a writer cannot leave alone.
-pub(super) fn witnesses(repairer: &Repairer) -> Result<Vec<(u64, u64)>, ImageError> {
+pub(super) fn witnesses(repairer: &Repairer<'_>) -> Result<Vec<(u64, u64)>, ImageError> {
     let Ok(image) = repairer.image() else { return Ok(vec![(0, 512)]) };
     let cluster = image.geometry().cluster_size();
     let old_len = repairer.draft.old_len();
     let mut all = BTreeSet::from([(0, 512)]);
-    let walked = walk(&image, &Alone, &mut |_| Ok(()))?;
+    let walked = walk(&image, repairer.workers, &mut |_| Ok(()))?;
     let header = image.header();
     all.insert((header.l1_table_offset().0, u64::from(header.l1_size()) * 8));
     all.extend(walked.tables.keys().map(|&at| (at, cluster)));

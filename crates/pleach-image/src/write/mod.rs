@@ -89,10 +89,11 @@ impl Writer {
     /// As [`Image::check_writable`]; [`ImageError::Refcount`] and [`ImageError::Damaged`] for images that need repair;
     /// a data file that is missing, or given but not used.
     pub fn open(store: Arc<dyn Store>, options: WriteOptions) -> Result<Self, ImageError> {
+        let workers = options.workers.unwrap_or_else(|| Arc::new(Alone));
         let mut image = Image::open(Arc::clone(&store))?;
         let marks = image.header().incompatible();
         if marks.has(Incompatible::DIRTY) && !marks.has(Incompatible::CORRUPT) {
-            repair(&store, RepairMode::All)?;
+            repair(&store, RepairMode::All, &*workers)?;
             image = Image::open(Arc::clone(&store))?;
         }
         let external = image.header().incompatible().has(Incompatible::DATA_FILE);
@@ -101,7 +102,6 @@ impl Writer {
             None => image,
         };
         image.check_writable()?;
-        let workers = options.workers.unwrap_or_else(|| Arc::new(Alone));
         leaked_with(&image, &*workers)?;
         let header = image.header();
         let shape = Shape { geometry: image.geometry(), version: header.version(), external };

@@ -10,7 +10,7 @@ use pleach_testkit::oracle::{self, Format, qemu_img, qemu_io, text};
 
 use super::{NewSnapshot, WriteOptions, Writer};
 use crate::medium::{Medium, Op, power_losses};
-use crate::{Chain, Image, ImageError, Layer, RepairMode, check, repair};
+use crate::{Alone, Chain, Image, ImageError, Layer, RepairMode, check, repair};
 
 type Act = fn(&Writer) -> Result<(), ImageError>;
 
@@ -266,7 +266,7 @@ impl<'a> Judge<'a> {
         let whole = match image.header().incompatible().has(Incompatible::DIRTY) {
             true => {
                 let store: Arc<dyn Store> = Medium::new(medium.bytes());
-                repair(&store, RepairMode::All).unwrap_or_else(|e| panic!("{what}: {e}"));
+                repair(&store, RepairMode::All, &Alone).unwrap_or_else(|e| panic!("{what}: {e}"));
                 Image::open(store).unwrap_or_else(|e| panic!("{what}: {e}"))
             }
             false => Image::open(Arc::clone(&medium) as Arc<dyn Store>).unwrap(),
