@@ -42,11 +42,12 @@ impl Compressor {
         }
     }
 
-    /// The level that is used unless another one is asked for. Deflate of zlib-rs at level 4 comes within 2 to 3 % of what
-    /// zlib, which QEMU uses, makes of a cluster at its own default, in less than half the time.
+    /// The level that is used unless another one is asked for. Deflate of zlib-rs at level 5 comes within 3 % of what zlib,
+    /// which QEMU uses, makes of a cluster at its own default, in less than half the time; one more level costs a tenth, and
+    /// gains nothing to speak of.
     pub fn default_level(compression: CompressionType) -> u32 {
         match compression {
-            CompressionType::Deflate => 4,
+            CompressionType::Deflate => 5,
             CompressionType::Zstd => 3,
         }
     }
