@@ -5,14 +5,14 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pleach_format::{BackingFile, RunKind, RunList, Version};
-use pleach_image::{Chain, Image, check, escape};
+use pleach_image::{Chain, Emptying, Image, check, escape};
 use pleach_lineage::{DeleteMode, Reach};
 use pleach_plan::{
     Content, Cover, Found, How, Need, Overlay, Say, Summary, Target, candidates, commit, pull, settle,
 };
 use pleach_store::{Disk, FileId, Role};
 
-use crate::execute::{rehearse, second_name};
+use crate::execute::{foresee, rehearse, second_name};
 use crate::family::{Family, State};
 use crate::files::Files;
 use crate::journal::{directory_of, pending, unfinished};
@@ -21,6 +21,7 @@ use crate::open::OpenFiles;
 use crate::rebase::RebaseRequest;
 use crate::scan::{snapshot_covers, zero_clusters};
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile, broken};
+use crate::workers::Threads;
 use crate::{Error, ErrorKind, Result};
 
 /// Which file name survives when two files become one.
@@ -33,6 +34,10 @@ pub enum Keep {
     Parent(Option<String>),
     /// Whichever file the data are copied into.
     Auto,
+    /// Neither: the result gets a name that no file has. Only for runs.
+    Named(PathBuf),
+    /// Both: the data go into the lowermost file, and the uppermost stays on it, empty. Only for runs.
+    Both,
 }
 
 /// What should be deleted, and how.
@@ -150,6 +155,26 @@ pub enum Naming {
         /// Who reads the reader, and must name it anew.
         followers: Vec<Rebase>,
     },
+    /// The file that holds the merged data takes a name that no file has; the other one goes.
+    TakeNewName {
+        /// The reader.
+        reader: usize,
+        /// The file that holds the data: the reader or the victim.
+        holder: usize,
+        /// The name.
+        name: PathBuf,
+        /// Who reads the reader, and must name it anew.
+        followers: Vec<Rebase>,
+    },
+    /// The victim's file, holding the merged data, keeps its name; the reader stays on it, and holds nothing.
+    Empty {
+        /// The reader.
+        reader: usize,
+        /// How the reader's header names the victim afterwards, if it does not already.
+        backing: Option<BackingFile>,
+        /// Bytes of host clusters that the reader gives up.
+        given_up: u64,
+    },
 }
 
 /// Everything that a deletion will do.
@@ -167,9 +192,44 @@ pub struct DeletePlan {
     pub reparented: Vec<(String, Option<String>)>,
     /// Bytes on disk of the files that go.
     pub bytes_freed: u64,
+    /// What carrying it out reads, and how long files become: known when it was rehearsed, or [`Prepared::foresee`] was
+    /// called.
+    pub forecast: Forecast,
+}
+
+/// What carrying out a plan reads, and how long files become.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Forecast {
+    /// Guest bytes of data that are read to be copied, for each file that has any; by index into the survey.
+    pub reads: Vec<(usize, u64)>,
+    /// The files that are written and stay.
+    pub lengths: Vec<Length>,
+}
+
+/// How long a file becomes.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub struct Length {
+    /// The file, by index into the survey.
+    pub file: usize,
+    /// Its length in bytes as it is.
+    pub before: u64,
+    /// Its length in bytes when all is done.
+    pub after: u64,
 }
 
 impl DeletePlan {
+    /// Guest bytes of data that are read to be copied.
+    pub fn bytes_read(&self) -> u64 {
+        self.forecast.reads.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// What the file is called when all is done.
+    pub fn name_after<'a>(&'a self, survey: &'a Survey, file: usize) -> Option<&'a Path> {
+        let path = survey.files.get(file).map(|f| f.path.as_path());
+        let renamed = self.renames(survey).into_iter().find(|(from, _)| Some(*from) == path);
+        renamed.map(|(_, to)| to).or(path)
+    }
+
     /// Guest bytes that are written, in all merges.
     pub fn bytes_written(&self) -> u64 {
         self.merges().iter().map(|m| m.bytes_written).sum()
@@ -186,12 +246,13 @@ impl DeletePlan {
     }
 
     /// Names that change hands: from, to.
-    pub fn renames<'a>(&self, survey: &'a Survey) -> Vec<(&'a Path, &'a Path)> {
+    pub fn renames<'a>(&'a self, survey: &'a Survey) -> Vec<(&'a Path, &'a Path)> {
         let Some((victim, _, naming)) = &self.single else { return Vec::new() };
         let path = |i: &usize| survey.files.get(*i).map(|f| f.path.as_path());
         let pair = match naming {
             Naming::TakeReadersName { reader } => (path(victim), path(reader)),
             Naming::TakeVictimsName { reader, .. } => (path(reader), path(victim)),
+            Naming::TakeNewName { holder, name, .. } => (path(holder), Some(name.as_path())),
             _ => return Vec::new(),
         };
         pair.0.zip(pair.1).into_iter().collect()
@@ -200,12 +261,19 @@ impl DeletePlan {
     /// Bytes on disk that are given back: of all files that do not hold the merged data afterwards.
     pub(crate) fn frees(&self, survey: &Survey) -> u64 {
         let one = self.single.as_ref().and_then(|(victim, _, naming)| match naming {
-            Naming::Stay(_) => None,
+            Naming::Stay(_) | Naming::Empty { .. } => None,
             Naming::Unlink | Naming::TakeVictimsName { .. } => Some(victim),
             Naming::TakeReadersName { reader } | Naming::KeepVictimsName { reader, .. } => Some(reader),
+            Naming::TakeNewName { reader, holder, .. } => {
+                Some(if holder == victim { reader } else { victim })
+            }
         });
+        let given_up = match &self.single {
+            Some((_, _, Naming::Empty { given_up, .. })) => *given_up,
+            _ => 0,
+        };
         let files = self.removes.iter().chain(&self.between).chain(one);
-        files.filter_map(|&i| survey.files.get(i)).map(freed_by).sum()
+        files.filter_map(|&i| survey.files.get(i)).map(freed_by).sum::<u64>() + given_up
     }
 
     /// Names that are removed; those that change hands are in [`renames`](Self::renames).
@@ -217,7 +285,13 @@ impl DeletePlan {
             gone.extend(match naming {
                 Naming::Unlink => path(victim),
                 Naming::KeepVictimsName { reader, .. } => path(reader),
-                Naming::Stay(_) | Naming::TakeReadersName { .. } | Naming::TakeVictimsName { .. } => None,
+                Naming::TakeNewName { reader, holder, .. } => {
+                    path(if holder == victim { reader } else { victim })
+                }
+                Naming::Stay(_)
+                | Naming::TakeReadersName { .. }
+                | Naming::TakeVictimsName { .. }
+                | Naming::Empty { .. } => None,
             });
         }
         gone
@@ -229,9 +303,14 @@ impl DeletePlan {
         let renamed = merges.iter().filter(|m| m.direction == Direction::Pull || m.backing.is_some());
         let mut all: Vec<Rebase> =
             renamed.map(|m| Rebase { file: m.target, backing: m.backing.clone() }).collect();
-        if let Naming::TakeVictimsName { followers, .. } | Naming::KeepVictimsName { followers, .. } = naming
-        {
-            all.extend(followers.clone());
+        match naming {
+            Naming::TakeVictimsName { followers, .. }
+            | Naming::KeepVictimsName { followers, .. }
+            | Naming::TakeNewName { followers, .. } => all.extend(followers.clone()),
+            Naming::Empty { reader, backing: Some(backing), .. } => {
+                all.push(Rebase { file: *reader, backing: Some(backing.clone()) });
+            }
+            _ => {}
         }
         all
     }
@@ -257,6 +336,19 @@ pub struct Prepared {
     pub plan: DeletePlan,
     /// The files.
     pub open: OpenFiles,
+}
+
+impl Prepared {
+    /// Finds out what carrying out the plan reads, and how long files become, if that is not known yet.
+    ///
+    /// # Errors
+    /// What would keep the plan from being carried out.
+    pub fn foresee(&mut self, survey: &Survey) -> Result<()> {
+        if self.plan.forecast == Forecast::default() {
+            self.plan.forecast = foresee(survey, &self.plan, &self.open)?;
+        }
+        Ok(())
+    }
 }
 
 /// Plans a deletion. With `change` the files are locked for changing, else only for reading.
@@ -315,7 +407,7 @@ pub fn prepare(
         plan_single(disk, survey, victim, &request.keep, &Decided::default(), change)?;
     plan.single = Some((victim, merges, naming));
     if !change {
-        rehearse(survey, &plan, &open)?;
+        plan.forecast = rehearse(survey, &plan, &open)?;
     }
     plan.bytes_freed = plan.frees(survey);
     Ok(Prepared { plan, open })
@@ -441,7 +533,7 @@ pub(crate) fn plan_single(
     let planner = Planner::new(Files { disk, survey, open: &open }, victim, &[], &below)?;
     let mut merges = Vec::new();
     for &reader in readers.iter().filter(|&&r| Some(r) != designated) {
-        merges.push(planner.pull(reader, false)?);
+        merges.push(planner.pull(reader, None)?);
     }
     let naming = match (designated, merged) {
         (None, None) => Naming::Unlink,
@@ -540,6 +632,9 @@ fn designate(survey: &Survey, readers: &[usize], keep: &Keep, decided: &Decided)
         return Ok(readers.iter().copied().find(|&r| which.is_some() && has_opt(survey, r, which)));
     }
     match (keep, readers) {
+        (Keep::Named(_) | Keep::Both, _) => {
+            Err(Error::new(ErrorKind::Usage, "only a merge can keep another name, or both"))
+        }
         (_, []) => Ok(None),
         (Keep::Child | Keep::Auto | Keep::Parent(None), [only]) => Ok(Some(*only)),
         (Keep::Child | Keep::Auto, _) => Ok(None),
@@ -629,13 +724,13 @@ impl<'a> Planner<'a> {
         Ok(settle(needs, zero))
     }
 
-    /// `reader` takes what it lacks. `moves`: it will get the victim's name afterwards.
-    fn pull(&self, reader: usize, moves: bool) -> Result<Merge> {
+    /// `reader` takes what it lacks. `name`: the other name that it will get afterwards.
+    fn pull(&self, reader: usize, name: Option<&Path>) -> Result<Merge> {
         let image = self.files.writable(reader)?;
         let path = &self.file(reader).path;
         let own = Cover::of_runs(image.size(), self.files.open.runs(reader)?);
         let shape = shape_of(image, image.size());
-        let backing = self.victims_backing_for(reader, moves)?;
+        let backing = self.victims_backing_for(reader, name)?;
         self.files.must_fit(reader, backing.as_ref())?;
         let merge = |work, bytes_written, bytes_cloned| Merge {
             target: reader,
@@ -672,7 +767,14 @@ impl<'a> Planner<'a> {
         followers: &[usize],
     ) -> Result<(Merge, Naming)> {
         let raw = self.file(self.victim).format == FileFormat::Raw;
+        if *keep == Keep::Both {
+            return self.emptied(reader);
+        }
         let parent = renamed.unwrap_or(matches!(keep, Keep::Parent(_)));
+        let name = match keep {
+            Keep::Named(name) => Some(name.as_path()),
+            _ => parent.then_some(self.file(self.victim).path.as_path()),
+        };
         // A raw file stays raw under its name: only the name of the overlay can stand for a qcow2 image.
         let forced = committed.or(raw.then_some(parent));
         if forced == Some(true) {
@@ -680,9 +782,9 @@ impl<'a> Planner<'a> {
         }
         let merge = match forced {
             Some(true) => self.commit(reader)?,
-            Some(false) => self.pull(reader, parent)?,
+            Some(false) => self.pull(reader, name)?,
             None => {
-                let pulled = self.pull(reader, parent)?;
+                let pulled = self.pull(reader, name)?;
                 match self.can_commit(reader) {
                     true => {
                         let down = self.commit(reader)?;
@@ -695,7 +797,7 @@ impl<'a> Planner<'a> {
         let takes_parent = match (keep, renamed) {
             (_, Some(renamed)) => renamed,
             (Keep::Auto, None) => merge.direction == Direction::Commit,
-            (Keep::Child, None) => false,
+            (Keep::Child | Keep::Named(_) | Keep::Both, None) => false,
             (Keep::Parent(_), None) => true,
         };
         let format = if merge.direction == Direction::Commit {
@@ -705,13 +807,22 @@ impl<'a> Planner<'a> {
         };
         let mut merge = merge;
         if merge.direction == Direction::Commit && !takes_parent {
-            merge.backing = self.restyled(reader)?;
+            merge.backing = match keep {
+                Keep::Named(name) => self.moved(name)?,
+                _ => self.restyled(reader)?,
+            };
             if merge.backing.is_some() {
                 self.files.must_fit(self.victim, merge.backing.as_ref())?;
             }
         }
+        if let Keep::Named(name) = keep {
+            let holder = if merge.direction == Direction::Commit { self.victim } else { reader };
+            return Ok((merge, self.take_new_name(reader, holder, name, followers)?));
+        }
         let followers_of = followers;
-        let followers = || followers.iter().map(|&f| self.follow(f, format)).collect::<Result<Vec<_>>>();
+        let victims_name = &self.file(self.victim).path;
+        let followers =
+            || followers.iter().map(|&f| self.follow(f, victims_name, format)).collect::<Result<Vec<_>>>();
         let naming = match (merge.direction, takes_parent) {
             (Direction::Pull, false) => Naming::Unlink,
             (Direction::Pull, true) => self.take_victims_name(reader, followers_of)?,
@@ -745,9 +856,76 @@ impl<'a> Planner<'a> {
                 Error::new(ErrorKind::Refused, "is in the way: the name is needed for an instant").at(second)
             );
         }
-        let followers =
-            followers.iter().map(|&f| self.follow(f, FileFormat::Qcow2)).collect::<Result<Vec<_>>>()?;
+        let follow = |&f: &usize| self.follow(f, &victim.path, FileFormat::Qcow2);
+        let followers = followers.iter().map(follow).collect::<Result<Vec<_>>>()?;
         Ok(Naming::TakeVictimsName { reader, followers })
+    }
+
+    /// `holder`, the reader's file or the victim's, holds the merged data and takes a name that no file has.
+    pub(crate) fn take_new_name(
+        &self,
+        reader: usize,
+        holder: usize,
+        name: &Path,
+        followers: &[usize],
+    ) -> Result<Naming> {
+        let (disk, file) = (self.files.disk, self.file(holder));
+        let dir = directory_of(name);
+        let home = disk.stat(&dir).map_err(|e| Error::io("find the directory", &dir, e))?;
+        if home.id.device != file.stat.id.device {
+            let text =
+                format!("lies on another file system than \"{}\", which should get it", file.path.display());
+            return Err(Error::new(ErrorKind::Unsupported, text).at(name));
+        }
+        if disk.stat(name).is_ok_and(|s| s.id != file.stat.id) {
+            return Err(Error::new(ErrorKind::Failed, "is there already")
+                .at(name)
+                .hint("choose a name that no file has, or remove that file"));
+        }
+        let follow = |&f: &usize| self.follow(f, name, FileFormat::Qcow2);
+        let followers = followers.iter().map(follow).collect::<Result<Vec<_>>>()?;
+        Ok(Naming::TakeNewName { reader, holder, name: name.to_owned(), followers })
+    }
+
+    /// All that the reader says goes into the victim's file, and the reader stays on it, empty.
+    fn emptied(&self, reader: usize) -> Result<(Merge, Naming)> {
+        let (victim, over) = (self.file(self.victim), self.file(reader));
+        let refuse = |kind, text: &str, file: &SurveyFile| Err(Error::new(kind, text).at(&file.path));
+        if !over.snapshots.is_empty() {
+            return Err(stays_inside(over));
+        }
+        if victim.stat.links > 1 {
+            let text = "the file has other names (hard links), under which its content would change too";
+            return refuse(ErrorKind::Refused, text, victim);
+        }
+        let (from, into) = (self.files.writable(reader)?, self.files.open.layer(self.victim));
+        if from.size() < into.size() {
+            let text = "is longer than the image above, whose end it would get";
+            return refuse(ErrorKind::Unsupported, text, victim)
+                .map_err(|e| e.hint("pleach merge makes one image of both, without the rest"));
+        }
+        if let Some(into) = into.image() {
+            self.files.writable(self.victim)?;
+            let bitmaps = into.bitmaps().map_err(|e| Error::image(&victim.path, e))?;
+            if let Some(bitmap) = bitmaps.first() {
+                let text = format!("its bitmap \"{}\" would not say what has changed", escape(&bitmap.name));
+                return refuse(ErrorKind::Refused, &text, victim)
+                    .map_err(|e| e.hint("remove the bitmap first: pleach bitmap remove"));
+            }
+        }
+        let merge = self.commit(reader)?;
+        let backing = match self.between {
+            [] => None,
+            _ => {
+                let old = over.header.as_ref().and_then(|h| h.backing());
+                Some(renamed(self.files.disk, &over.path, old, &victim.path, victim.format)?)
+            }
+        };
+        if backing.is_some() {
+            self.files.must_fit(reader, backing.as_ref())?;
+        }
+        let given_up = Emptying::of(from, &Threads).map_err(|e| Error::image(&over.path, e))?.bytes();
+        Ok((merge, Naming::Empty { reader, backing, given_up }))
     }
 
     /// Refuses to let a raw file take the place of an image that holds more than guest data, or that has another name.
@@ -819,13 +997,13 @@ impl<'a> Planner<'a> {
     }
 
     /// The victim's backing file as the header of `reader` will name it: absolute or relative as its old name was.
-    fn victims_backing_for(&self, reader: usize, moves: bool) -> Result<Option<BackingFile>> {
+    /// `name` is the other name that the reader's file will get.
+    fn victims_backing_for(&self, reader: usize, name: Option<&Path>) -> Result<Option<BackingFile>> {
         let Some(&base) = self.below.first() else { return Ok(None) };
         let (base, reader) = (self.file(base), self.file(reader));
         let old = reader.header.as_ref().and_then(|h| h.backing());
         let mut backing = renamed(self.files.disk, &reader.path, old, &base.path, base.format)?;
-        let home = |f: &SurveyFile| self.files.disk.canonical(&directory_of(&f.path)).ok();
-        if moves && home(reader) != home(self.file(self.victim)) {
+        if name.is_some_and(|name| self.home(&reader.path) != self.home(name)) {
             // Right in both places: the file is in one now, and in the other in the end.
             backing.name = absolute(self.files.disk, &directory_of(&reader.path), &backing.name)?;
         }
@@ -838,14 +1016,31 @@ impl<'a> Planner<'a> {
         let name_of =
             |f: &SurveyFile| f.header.as_ref().and_then(|h| h.backing()).map(|b| b.name.starts_with(b"/"));
         let same = name_of(self.file(self.victim)) == name_of(self.file(reader));
-        if same { Ok(None) } else { self.victims_backing_for(reader, false) }
+        if same { Ok(None) } else { self.victims_backing_for(reader, None) }
     }
 
-    /// `follower` names the victim's file instead of the reader's.
-    fn follow(&self, follower: usize, format: FileFormat) -> Result<Rebase> {
+    /// The victim's backing file, if its header has to name it in another way when the file is called `name`.
+    fn moved(&self, name: &Path) -> Result<Option<BackingFile>> {
+        let victim = self.file(self.victim);
+        match victim.header.as_ref().and_then(|h| h.backing()) {
+            Some(old) if self.home(&victim.path) != self.home(name) => {
+                let name = absolute(self.files.disk, &directory_of(&victim.path), &old.name)?;
+                Ok(Some(BackingFile { name, format: old.format.clone() }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The directory that a name is in.
+    fn home(&self, name: &Path) -> Option<PathBuf> {
+        self.files.disk.canonical(&directory_of(name)).ok()
+    }
+
+    /// `follower` names the file `path` instead of the reader's.
+    fn follow(&self, follower: usize, path: &Path, format: FileFormat) -> Result<Rebase> {
         let file = self.file(follower);
         let old = file.header.as_ref().and_then(|h| h.backing());
-        let backing = renamed(self.files.disk, &file.path, old, &self.file(self.victim).path, format)?;
+        let backing = renamed(self.files.disk, &file.path, old, path, format)?;
         self.files.must_fit(follower, Some(&backing))?;
         Ok(Rebase { file: follower, backing: Some(backing) })
     }

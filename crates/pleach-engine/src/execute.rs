@@ -1,11 +1,12 @@
 //! Carrying out a deletion: copies in parallel, then one switch an image, then the names.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pleach_alloc::{Allocator, Place};
 use pleach_format::{BackingFile, GuestCluster, HostOffset, L2Entry, Mapping};
 use pleach_image::{
-    Chain, Image, ImageError, PieceKind, StatesEditor, Switch, TableEditor, backing_path,
+    Chain, Emptying, Image, ImageError, PieceKind, StatesEditor, Switch, TableEditor, backing_path,
     clear_unknown_autoclear, publish, release, set_backing,
 };
 use pleach_lineage::Reach;
@@ -14,14 +15,15 @@ use pleach_store::{Access, Disk, FileId, Store};
 use rayon::prelude::*;
 
 use crate::delete::{
-    DeletePlan, Direction, Merge, Naming, Prepared, Rebase, StateFill, Work, directories, freed_by,
-    still_read,
+    DeletePlan, Direction, Forecast, Length, Merge, Naming, Prepared, Rebase, StateFill, Work, directories,
+    freed_by, still_read,
 };
-use crate::journal::{Intent, Journal, JournalImage, NewBacking, directory_of};
+use crate::journal::{Intent, Journal, JournalImage, NewBacking, NewName, directory_of};
 use crate::open::OpenFiles;
 use crate::rebase::Onto;
 use crate::survey::{Survey, Trust};
 use crate::watch::Watch;
+use crate::workers::Threads;
 use crate::{Error, ErrorKind, Result};
 
 /// Largest piece that one worker copies at a time.
@@ -99,35 +101,76 @@ pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Wat
     }
 }
 
-/// Does all of a plan that changes nothing: fixes the targets, and reads what is compressed.
+/// Does all of a plan that changes nothing: fixes the targets, and reads what is compressed. Returns what comes of it.
 ///
 /// # Errors
 /// What would keep [`execute`] from going on.
-pub(crate) fn rehearse(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> Result<()> {
-    for stage in stage_all(survey, plan, open)? {
-        verify_sources(survey, open, &stage)?;
+pub(crate) fn rehearse(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> Result<Forecast> {
+    let staged = stage_all(survey, plan, open)?;
+    for stage in &staged {
+        verify_sources(survey, open, stage)?;
     }
-    Ok(())
+    forecast(survey, plan, open, &staged)
+}
+
+/// What a plan reads, and how long files become. Nothing is read but tables.
+///
+/// # Errors
+/// As [`rehearse`].
+pub(crate) fn foresee(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> Result<Forecast> {
+    forecast(survey, plan, open, &stage_all(survey, plan, open)?)
+}
+
+fn forecast(survey: &Survey, plan: &DeletePlan, open: &OpenFiles, staged: &[Staged<'_>]) -> Result<Forecast> {
+    let mut reads: BTreeMap<usize, u64> = BTreeMap::new();
+    let mut lengths = Vec::new();
+    for stage in staged {
+        lengths.push(Length { file: stage.merge.target, before: stage.old_len, after: stage.new_len() });
+        if stage.steps.is_empty() {
+            continue;
+        }
+        let files = chain_of(survey, stage.merge)?;
+        let chain = open.chain(&files)?;
+        for step in &stage.steps {
+            let pieces = chain.pieces(step.guest, step.len);
+            for piece in pieces.map_err(|e| Error::image(path_of(survey, stage.merge.reader), e))? {
+                if let PieceKind::Data { layer, .. } | PieceKind::Compressed { layer } = piece.kind
+                    && let Some(&file) = files.get(layer)
+                {
+                    *reads.entry(file).or_default() += piece.len;
+                }
+            }
+        }
+    }
+    if let Some((_, _, Naming::Empty { reader, .. })) = &plan.single
+        && let Some(image) = open.layer(*reader).image()
+    {
+        let emptying =
+            Emptying::of(image, &Threads).map_err(|e| Error::image(path_of(survey, *reader), e))?;
+        lengths.push(Length { file: *reader, before: image.file_len(), after: emptying.file_len() });
+    }
+    Ok(Forecast { reads: reads.into_iter().collect(), lengths })
 }
 
 /// Sees whether the file system has hard links, before anything depends on it.
 fn try_second_name(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<()> {
-    let Some((victim, _, Naming::TakeVictimsName { reader, followers })) = &plan.single else {
-        return Ok(());
+    let (file, name) = match &plan.single {
+        Some((victim, _, Naming::TakeVictimsName { reader, followers })) if !followers.is_empty() => {
+            (*reader, path_of(survey, *victim))
+        }
+        Some((_, _, Naming::TakeNewName { holder, name, .. })) => (*holder, name.as_path()),
+        _ => return Ok(()),
     };
-    if followers.is_empty() {
-        return Ok(());
-    }
-    let (path, second) = (path_of(survey, *reader), second_name(path_of(survey, *victim)));
-    drop_second_name(disk, survey, *reader, &second)?;
+    let (path, second) = (path_of(survey, file), second_name(name));
+    drop_second_name(disk, survey, file, &second)?;
     link(disk, path, &second)?;
     disk.unlink(&second).map_err(|e| Error::io("remove", &second, e))
 }
 
-fn link(disk: &dyn Disk, path: &Path, second: &Path) -> Result<()> {
+pub(crate) fn link(disk: &dyn Disk, path: &Path, second: &Path) -> Result<()> {
     disk.link(path, second).map_err(|e| {
         Error::io("give a second name to", path, e)
-            .hint("if this file system has no hard links, delete with --keep child instead")
+            .hint("if this file system has no hard links, keep the name of the uppermost image instead")
     })
 }
 
@@ -196,7 +239,7 @@ fn run(
         return Err(stopped());
     }
     let finished = match &plan.single {
-        Some((victim, _, naming)) => rename_all(disk, survey, plan, *victim, naming, journal)?,
+        Some((victim, _, naming)) => rename_all(disk, survey, plan, open, *victim, naming, journal)?,
         None => remove(disk, survey, plan)?,
     };
     Ok(Outcome { bytes_freed: finished.bytes_freed, ..outcome })
@@ -217,7 +260,7 @@ fn remove(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Outcome
 }
 
 /// Removes the name of one file, after a last look whether anything reads it. Returns the bytes that it took on disk
-/// when it was found: on tmpfs, reading a hole takes some.
+/// when it was found.
 fn unlink(disk: &dyn Disk, survey: &Survey, index: usize) -> Result<u64> {
     let Some(file) = survey.files.get(index) else { return Ok(0) };
     if !disk.stat(&file.path).is_ok_and(|stat| stat.id == file.stat.id) {
@@ -254,6 +297,14 @@ pub(crate) fn nobody_reads(
 }
 
 impl Staged<'_> {
+    /// Length of the target's file when all is done.
+    fn new_len(&self) -> u64 {
+        match &self.merge.work {
+            Work::Raw { size, .. } => *size,
+            _ => self.reserve.iter().map(|range| range.end).fold(self.old_len, u64::max),
+        }
+    }
+
     /// Whether data are written over what the target already has; else only into clusters that nothing leads to.
     fn in_place(&self) -> bool {
         match &self.merge.work {
@@ -335,11 +386,21 @@ fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Inte
     }
     let committed =
         merges.iter().find(|m| m.direction == Direction::Commit).map(|m| image(m.reader)).transpose()?;
+    let told = |followers: &[Rebase]| images(&mut followers.iter().map(|f| f.file));
     let (renamed, followers) = match naming {
         Naming::TakeVictimsName { reader, followers } | Naming::KeepVictimsName { reader, followers } => {
-            (Some(image(*reader)?), images(&mut followers.iter().map(|f| f.file))?)
+            (Some(image(*reader)?), told(followers)?)
         }
+        Naming::TakeNewName { followers, .. } => (None, told(followers)?),
         _ => (None, Vec::new()),
+    };
+    let name = match naming {
+        Naming::TakeNewName { name, .. } => {
+            let dir = directory_of(name);
+            let real = disk.canonical(&dir).map_err(|e| Error::io("find the directory", &dir, e))?;
+            Some(NewName { path: real.join(name.file_name().unwrap_or_default()) })
+        }
+        _ => None,
     };
     Ok(Intent::Merge {
         victim: image(*victim)?,
@@ -348,6 +409,8 @@ fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Inte
         committed,
         renamed,
         followers,
+        name,
+        emptied: matches!(naming, Naming::Empty { .. }),
         directories,
     })
 }
@@ -757,6 +820,8 @@ impl From<ImageError> for Wrapped {
 /// TakeVictimsName   no followers: rename reader over victim             (one step)
 ///                   else: reader gets the victim's name as a second one; followers name it; its first name goes
 /// KeepVictimsName   followers name the victim's file; the reader's file goes
+/// TakeNewName       the file gets the new name as a second one; followers name it; its first name and the others go
+/// Empty             the reader names the victim's file, and gives up what it holds
 /// Unlink            the victim's file goes
 /// ```
 /// Files between the two go when nobody reads them any more, top first, each after its reader: before a victim that is
@@ -765,6 +830,7 @@ fn rename_all(
     disk: &dyn Disk,
     survey: &Survey,
     plan: &DeletePlan,
+    open: &OpenFiles,
     victim: usize,
     naming: &Naming,
     journal: &mut Journal<'_>,
@@ -800,8 +866,46 @@ fn rename_all(
             unlink(disk, survey, *reader)?;
             bytes + between()?
         }
+        Naming::TakeNewName { reader, holder, name, followers } => {
+            let path = path_of(survey, *holder);
+            if *holder == victim {
+                nobody_reads(disk, &survey.directories, victim_id, &known(*reader, followers))?;
+                disk.copy_attributes(path_of(survey, *reader), path)
+                    .map_err(|e| Error::io("set the mode of", path, e))?;
+            }
+            give_name(disk, path, name)?;
+            rebase_followers(disk, survey, followers, journal)?;
+            if *holder == victim {
+                let gone = unlink(disk, survey, *reader)? + between()?;
+                drop_first_name(disk, &survey.directories, path)?;
+                gone
+            } else {
+                drop_first_name(disk, &survey.directories, path)?;
+                between()? + unlink(disk, survey, victim)?
+            }
+        }
+        Naming::Empty { reader, backing, .. } => {
+            let path = path_of(survey, *reader);
+            let store = &**open.layer(*reader).store();
+            clear_unknown_autoclear(store).map_err(|e| Error::image(path, e))?;
+            if backing.is_some() {
+                switch_backing(store, path, backing.as_ref(), journal)?;
+            }
+            let image = open.layer(*reader).image();
+            let image = image.ok_or_else(|| Error::new(ErrorKind::Failed, "not a qcow2 image").at(path))?;
+            let emptying = Emptying::of(image, &Threads).map_err(|e| Error::image(path, e))?;
+            emptying.run(&Threads).map_err(|e| Error::image(path, e))?;
+            emptying.bytes() + between()?
+        }
     };
     Ok(Outcome { bytes_freed, ..Outcome::default() })
+}
+
+/// The file at `path` gets a second name, which no other file has.
+pub(crate) fn give_name(disk: &dyn Disk, path: &Path, name: &Path) -> Result<()> {
+    link(disk, path, name)?;
+    let dir = directory_of(name);
+    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))
 }
 
 /// `from` takes the name `to`, with the mode and owner that the file there had.

@@ -129,6 +129,12 @@ pub enum Intent {
         renamed: Option<JournalImage>,
         /// The files that read the renamed one, and must be told its new name.
         followers: Vec<JournalImage>,
+        /// The name that the merged file gets, if it is a new one.
+        #[serde(default)]
+        name: Option<NewName>,
+        /// The dependent stays on the victim, and holds nothing afterwards.
+        #[serde(default)]
+        emptied: bool,
         /// Directories searched for dependents; paths as of images.
         #[serde(with = "encoded::list")]
         directories: Vec<PathBuf>,
@@ -145,6 +151,14 @@ pub enum Intent {
         #[serde(with = "encoded::list")]
         directories: Vec<PathBuf>,
     },
+}
+
+/// A name that no file has when an operation begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewName {
+    /// Where; paths as of images.
+    #[serde(with = "encoded")]
+    pub path: PathBuf,
 }
 
 /// What an image is to stand on.
@@ -204,17 +218,27 @@ impl Intent {
             Self::Remove { files, directories } => {
                 Self::Remove { files: images(files), directories: paths(directories) }
             }
-            Self::Merge { victim, dependents, between, committed, renamed, followers, directories } => {
-                Self::Merge {
-                    victim: image(victim),
-                    dependents: images(dependents),
-                    between: images(between),
-                    committed: committed.map(image),
-                    renamed: renamed.map(image),
-                    followers: images(followers),
-                    directories: paths(directories),
-                }
-            }
+            Self::Merge {
+                victim,
+                dependents,
+                between,
+                committed,
+                renamed,
+                followers,
+                name,
+                emptied,
+                directories,
+            } => Self::Merge {
+                victim: image(victim),
+                dependents: images(dependents),
+                between: images(between),
+                committed: committed.map(image),
+                renamed: renamed.map(image),
+                followers: images(followers),
+                name: name.map(|name| NewName { path: change(name.path) }),
+                emptied,
+                directories: paths(directories),
+            },
             Self::Rebase { image: rebased, onto, unchecked, directories } => Self::Rebase {
                 image: image(rebased),
                 onto: onto.map(|new| NewBacking {
@@ -478,6 +502,8 @@ mod tests {
             committed: None,
             renamed: Some(image("D")),
             followers: vec![],
+            name: None,
+            emptied: false,
             directories: vec![dir.into(), "/elsewhere".into()],
         }
     }

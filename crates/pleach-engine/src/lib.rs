@@ -67,15 +67,16 @@ mod workers;
 pub use compact::{compact, plan_compact};
 pub use compare::{Comparison, Difference, compare};
 pub use delete::{
-    DeletePlan, DeleteRequest, Direction, Keep, Merge, Naming, Prepared, Rebase, StateFill, Work, prepare,
+    DeletePlan, DeleteRequest, Direction, Forecast, Keep, Length, Merge, Naming, Prepared, Rebase, StateFill,
+    Work, prepare,
 };
 pub use diff::{Changed, diff};
 pub use error::{Error, ErrorKind, Result};
 pub use execute::{Outcome, execute};
 pub use fingerprint::Fingerprint;
-pub use journal::{Intent, JournalImage, NewBacking, pending};
+pub use journal::{Intent, JournalImage, NewBacking, NewName, pending};
 pub use map::{Extent, map};
-pub use merge::prepare_merge;
+pub use merge::{prepare_commit, prepare_merge};
 pub use open::{OpenFiles, open_one};
 pub use rebase::{Onto, RebaseRequest, prepare_rebase};
 pub use repair::{Repair, undo_repair};

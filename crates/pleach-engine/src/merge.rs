@@ -49,7 +49,7 @@ impl Run {
 }
 
 /// Plans to make one file out of the run from `top` down to `base`: called as `top` is with [`Keep::Child`], as `base` is
-/// with [`Keep::Parent`]. With `change` the files are locked for changing, else only for reading.
+/// with [`Keep::Parent`], as it is said with [`Keep::Named`]; or what [`prepare_commit`] does, with [`Keep::Both`]. With `change` the files are locked for changing, else only for reading.
 ///
 /// # Errors
 /// What keeps the merge from being right, each by its name: see [`ErrorKind`].
@@ -65,10 +65,25 @@ pub fn prepare_merge(
     refuse_catalogued(disk, survey, &run)?;
     let mut prepared = plan_run(disk, survey, &run, keep, &Decided::default(), change)?;
     if !change {
-        rehearse(survey, &prepared.plan, &prepared.open)?;
+        prepared.plan.forecast = rehearse(survey, &prepared.plan, &prepared.open)?;
     }
     prepared.plan.bytes_freed = prepared.plan.frees(survey);
     Ok(prepared)
+}
+
+/// Plans to bring everything that the files from `top` down to above `base` hold into `base`: `top` stays on it and reads as
+/// before, but holds nothing, and those between go. With `change` the files are locked for changing, else only for
+/// reading.
+///
+/// # Errors
+/// As [`prepare_merge`].
+pub fn prepare_commit(
+    disk: &dyn Disk,
+    survey: &Survey,
+    run: (usize, usize),
+    change: bool,
+) -> Result<Prepared> {
+    prepare_merge(disk, survey, run, &Keep::Both, change)
 }
 
 /// A catalog would go on to name a state that is gone, or find another content under its name.
@@ -103,10 +118,11 @@ pub(crate) fn plan_run(
     let below = if pulled { Vec::new() } else { survey.chain(run.base)?.split_off(1) };
     refuse_other_names(survey, below.iter().chain(&run.between).chain([&run.base, &run.top]))?;
     let followers: Vec<usize> = match keep {
-        Keep::Parent(_) | Keep::Auto => {
+        Keep::Parent(_) | Keep::Auto | Keep::Named(_) => {
             survey.files.get(run.top).map(|f| f.dependents.clone()).unwrap_or_default()
         }
-        Keep::Child => Vec::new(),
+        // Who stands on the top goes on to do so.
+        Keep::Child | Keep::Both => Vec::new(),
     };
     let mut roles: BTreeMap<usize, Role> = below.iter().map(|&i| (i, Role::Read)).collect();
     roles.extend(run.lower().chain([run.top]).chain(followers.iter().copied()).map(|i| (i, role(change))));
@@ -114,10 +130,12 @@ pub(crate) fn plan_run(
     let files = Files { disk, survey, open: &open };
     let planner = Planner::new(files, run.base, &run.between, &below)?;
     let (merges, naming) = if pulled {
-        match decided.renamed {
-            Some(_) => (Vec::new(), planner.take_victims_name(run.top, &followers)?),
-            None => (Vec::new(), Naming::Unlink),
-        }
+        let naming = match (decided.renamed, keep) {
+            (Some(_), _) => planner.take_victims_name(run.top, &followers)?,
+            (None, Keep::Named(name)) => planner.take_new_name(run.top, run.top, name, &followers)?,
+            (None, _) => Naming::Unlink,
+        };
+        (Vec::new(), naming)
     } else {
         let is_top = |id: Option<FileId>| id.is_some() && id == Some(files.file(run.top).stat.id);
         let committed = decided.fixed.then(|| is_top(decided.committed));

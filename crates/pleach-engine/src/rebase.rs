@@ -55,9 +55,9 @@ pub fn prepare_rebase(
     change: bool,
 ) -> Result<Prepared> {
     refuse_journals(disk, survey)?;
-    let prepared = plan_rebase(disk, survey, request, change)?;
+    let mut prepared = plan_rebase(disk, survey, request, change)?;
     if !change {
-        rehearse(survey, &prepared.plan, &prepared.open)?;
+        prepared.plan.forecast = rehearse(survey, &prepared.plan, &prepared.open)?;
     }
     Ok(prepared)
 }

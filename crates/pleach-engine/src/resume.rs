@@ -114,7 +114,7 @@ fn take_back(disk: &dyn Disk, contents: &Contents) -> Result<String> {
             give_back_leaks_of(disk, &image.path)?;
             Ok(format!("\"{}\" stands on what it stood on", image.path.display()))
         }
-        Some(Intent::Merge { victim, dependents, between, committed, renamed, .. }) => {
+        Some(Intent::Merge { victim, dependents, between, committed, renamed, name, .. }) => {
             if committed.is_some() {
                 return too_late(&victim.path, "the file may hold merged data already");
             }
@@ -132,8 +132,9 @@ fn take_back(disk: &dyn Disk, contents: &Contents) -> Result<String> {
                     return too_late(&image.path, "the image does not stand on it any more");
                 }
             }
-            let second = second_name(&victim.path);
-            if renamed.as_ref().is_some_and(|image| disk.stat(&second).is_ok_and(|s| image.is(&s))) {
+            let second = second_name(name.as_ref().map_or(&victim.path, |name| &name.path));
+            let tried = renamed.as_ref().or(dependents.first().filter(|_| name.is_some()));
+            if tried.is_some_and(|image| disk.stat(&second).is_ok_and(|s| image.is(&s))) {
                 remove(disk, &second)?;
             }
             dependents.iter().try_for_each(|image| give_back_leaks_of(disk, &image.path))?;
@@ -169,7 +170,17 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
             }
             Ok(format!("removed the last {} of {} files", left.len(), files.len()))
         }
-        Some(Intent::Merge { victim, dependents, between, committed, renamed, followers, directories }) => {
+        Some(Intent::Merge {
+            victim,
+            dependents,
+            between,
+            committed,
+            renamed,
+            followers,
+            name,
+            emptied,
+            directories,
+        }) => {
             let merge = MergeIntent {
                 victim,
                 dependents,
@@ -177,11 +188,16 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
                 committed: committed.as_ref(),
                 renamed: renamed.as_ref(),
                 followers,
+                name: name.as_ref().map(|name| name.path.as_path()),
+                emptied: *emptied,
                 directories,
             };
             merge.finish(disk, journal, watch)?;
             merge.remove_between(disk)?;
             Ok(match (dependents.as_slice(), between.as_slice()) {
+                ([reader], _) if *emptied => {
+                    format!("committed \"{}\" to \"{}\"", reader.path.display(), victim.path.display())
+                }
                 ([reader], [_, ..]) => {
                     format!("merged \"{}\" into \"{}\"", reader.path.display(), victim.path.display())
                 }
@@ -208,6 +224,10 @@ struct MergeIntent<'a> {
     committed: Option<&'a JournalImage>,
     renamed: Option<&'a JournalImage>,
     followers: &'a [JournalImage],
+    /// The new name that the merged file gets.
+    name: Option<&'a Path>,
+    /// The reader stays, empty.
+    emptied: bool,
     directories: &'a [PathBuf],
 }
 
@@ -218,13 +238,18 @@ impl MergeIntent<'_> {
         {
             return self.finish_taking_the_name(disk, reader, journal);
         }
-        let leftover = second_name(&self.victim.path);
-        if let Some(reader) = self.renamed
-            && disk.stat(&leftover).is_ok_and(|s| reader.is(&s))
+        let leftover = second_name(self.name.unwrap_or(&self.victim.path));
+        if let Some(holder) = self.renamed.or(self.name.and(self.holder()))
+            && disk.stat(&leftover).is_ok_and(|s| holder.is(&s))
         {
             remove(disk, &leftover)?;
         }
-        if self.names_are_done(disk) {
+        if let (Some(name), Some(holder)) = (self.name, self.holder())
+            && disk.stat(name).is_ok_and(|s| holder.is(&s))
+        {
+            return self.finish_giving_the_name(disk, name, journal);
+        }
+        if !self.emptied && self.names_are_done(disk) {
             return Ok(());
         }
         let Some(victim_id) = here(disk, self.victim) else {
@@ -236,16 +261,24 @@ impl MergeIntent<'_> {
         let victim = survey
             .find_id(victim_id)
             .ok_or_else(|| Error::new(ErrorKind::Failed, "the image cannot be read").at(&self.victim.path))?;
+        // An emptied reader may stand on the victim already: those between are read by nobody then.
+        let told = self.followers.iter().chain(self.between.iter().filter(|_| self.emptied));
         let decided = Decided {
             committed: self.committed.and_then(|i| here(disk, i)),
             renamed: self.renamed.and_then(|i| here(disk, i)),
-            followers: self.followers.iter().filter_map(|i| here(disk, i)).collect::<BTreeSet<_>>(),
+            followers: told.filter_map(|i| here(disk, i)).collect::<BTreeSet<_>>(),
             fixed: true,
         };
-        let keep = if self.renamed.is_some() { Keep::Parent(None) } else { Keep::Child };
+        let keep = match (self.name, self.renamed) {
+            _ if self.emptied => Keep::Both,
+            (Some(name), _) => Keep::Named(name.to_owned()),
+            (None, Some(_)) => Keep::Parent(None),
+            (None, None) => Keep::Child,
+        };
         let top = self.dependents.first().and_then(|d| here(disk, d)).and_then(|id| survey.find_id(id));
+        let of_run = self.emptied || self.name.is_some();
         let prepared = match (self.between, top) {
-            ([], _) => {
+            ([], _) if !of_run => {
                 let (open, merges, naming) = plan_single(disk, &survey, victim, &keep, &decided, true)?;
                 let single = Some((victim, merges, naming));
                 Prepared { plan: DeletePlan { single, ..DeletePlan::default() }, open }
@@ -255,13 +288,44 @@ impl MergeIntent<'_> {
                 return Err(not_the_same(&path));
             }
             (between, Some(top)) => {
-                let between =
-                    between.iter().filter_map(|i| here(disk, i)).filter_map(|id| survey.find_id(id));
-                let run = Run { top, base: victim, between: between.collect() };
+                let left = between.iter().filter_map(|i| here(disk, i)).filter_map(|id| survey.find_id(id));
+                let stands_on = survey.chain(top)?;
+                let between = left.filter(|i| !self.emptied || stands_on.contains(i)).collect();
+                let run = Run { top, base: victim, between };
                 plan_run(disk, &survey, &run, &keep, &decided, true)?
             }
         };
         go_on(disk, &survey, &prepared, journal, watch).map(drop)
+    }
+
+    /// The file that holds the merged data.
+    fn holder(&self) -> Option<&JournalImage> {
+        if self.committed.is_some() { Some(self.victim) } else { self.dependents.first() }
+    }
+
+    /// The merged file has its new name; its first one, the followers and the other files are left.
+    fn finish_giving_the_name(&self, disk: &dyn Disk, name: &Path, journal: &mut Journal<'_>) -> Result<()> {
+        let Some(reader) = self.dependents.first() else { return Ok(()) };
+        self.tell_followers(disk, reader, name, journal)?;
+        let committed = self.committed.is_some();
+        if !committed && here(disk, reader).is_some() {
+            drop_first_name(disk, self.directories, &reader.path)?;
+        }
+        if let Some(id) = here(disk, reader).filter(|_| committed) {
+            let _lock = open(disk, &reader.path)?;
+            nobody_reads(disk, self.directories, id, &[])?;
+            remove(disk, &reader.path)?;
+        }
+        self.remove_between(disk)?;
+        match here(disk, self.victim) {
+            Some(_) if committed => drop_first_name(disk, self.directories, &self.victim.path),
+            Some(id) => {
+                let _lock = open(disk, &self.victim.path)?;
+                nobody_reads(disk, self.directories, id, &[])?;
+                remove(disk, &self.victim.path)
+            }
+            None => Ok(()),
+        }
     }
 
     /// Files between victim and reader that are left, once nobody reads them.
@@ -297,18 +361,30 @@ impl MergeIntent<'_> {
         reader: &JournalImage,
         journal: &mut Journal<'_>,
     ) -> Result<()> {
+        self.tell_followers(disk, reader, &self.victim.path, journal)?;
+        if here(disk, reader).is_some() {
+            drop_first_name(disk, self.directories, &reader.path)?;
+        }
+        Ok(())
+    }
+
+    /// The followers that name the reader's file name `path` from here on.
+    fn tell_followers(
+        &self,
+        disk: &dyn Disk,
+        reader: &JournalImage,
+        path: &Path,
+        journal: &mut Journal<'_>,
+    ) -> Result<()> {
         for follower in self.followers {
             let store = open(disk, &follower.path)?;
             let head = read_head(&*store).map_err(|e| Error::image(&follower.path, e))?;
             let old = head.header.backing();
             let named = old.and_then(|b| backing_path(&follower.path, &b.name).ok());
             if named.is_some_and(|p| p.file_name() == reader.path.file_name()) {
-                let new = renamed(disk, &follower.path, old, &self.victim.path, FileFormat::Qcow2)?;
+                let new = renamed(disk, &follower.path, old, path, FileFormat::Qcow2)?;
                 switch_backing(&*store, &follower.path, Some(&new), journal)?;
             }
-        }
-        if here(disk, reader).is_some() {
-            drop_first_name(disk, self.directories, &reader.path)?;
         }
         Ok(())
     }

@@ -785,14 +785,7 @@ impl OpenSteps<'_> {
             ),
         };
         let (open, merges, naming) = plan_single(disk, &survey, index, &keep, &Decided::default(), true)?;
-        let plan = DeletePlan {
-            node: String::new(),
-            removes: Vec::new(),
-            single: Some((index, merges, naming)),
-            between: Vec::new(),
-            reparented: Vec::new(),
-            bytes_freed: 0,
-        };
+        let plan = DeletePlan { single: Some((index, merges, naming)), ..DeletePlan::default() };
         execute(disk, &survey, Prepared { plan, open }, watch)
     }
 }

@@ -83,6 +83,19 @@ const OPERATIONS: &[Operation] = &[
         goes: &["N", "P"],
         moves: Some(("D", "P")),
     },
+    Operation {
+        name: "merge, a new name",
+        plan: |d, s| merge(d, s, Keep::Named(path("X"))),
+        goes: &["N", "P"],
+        moves: Some(("D", "X")),
+    },
+    Operation {
+        name: "commit",
+        // It is refused where P is longer.
+        plan: |d, s| merge(d, s, Keep::Both).or_else(|_| merge(d, s, Keep::Child)),
+        goes: &["N", "P"],
+        moves: None,
+    },
     Operation { name: "rebase", plan: |d, s| rebase(d, s, Some("F")), goes: &[], moves: None },
     Operation { name: "rebase onto nothing", plan: |d, s| rebase(d, s, None), goes: &[], moves: None },
 ];

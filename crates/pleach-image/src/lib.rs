@@ -31,6 +31,7 @@ mod check;
 mod codec;
 mod compact;
 mod create;
+mod emptying;
 mod error;
 mod image;
 #[cfg(test)]
@@ -55,6 +56,7 @@ pub use check::{CheckReport, check, check_with};
 pub use codec::Compressor;
 pub use compact::{CompactOptions, Compaction, Steps, compact, plan_compact};
 pub use create::{CreateOptions, NewDataFile, Preallocation, create, create_in};
+pub use emptying::Emptying;
 pub use error::ImageError;
 pub use image::{Head, Image, read_head};
 pub use names::{NameError, backing_path, escape};

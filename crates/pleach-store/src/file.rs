@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, copy_file_range, fallocate, posix_fadvise};
-use nix::sys::statfs::{BTRFS_SUPER_MAGIC, XFS_SUPER_MAGIC, fstatfs};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
 use crate::disk::{FileKind, Stat};
@@ -153,7 +153,9 @@ impl Store for FileStore {
     }
 
     fn window(&self) -> io::Result<Window> {
-        Window::map(&self.file, self.len()?)
+        // There, a page of a hole that is read through a map becomes a page of the file.
+        let in_memory = fstatfs(self.file.as_fd()).is_ok_and(|info| info.filesystem_type() == TMPFS_MAGIC);
+        Window::map(&self.file, self.len()?, in_memory)
     }
 
     fn lock(&self, role: Role) -> Result<(), LockError> {
@@ -221,6 +223,19 @@ mod tests {
         assert_eq!(store.data_ranges(2 << 20..3 << 20).unwrap(), []);
         assert!(store.next_data(0).unwrap().is_some_and(|at| at <= 256 << 10));
         assert_eq!(store.next_data(2 << 20).unwrap(), None);
+    }
+
+    #[test]
+    fn reading_metadata_fills_no_holes() {
+        let memory = std::path::Path::new("/dev/shm");
+        let place = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let store = FileStore::new(tempfile::tempfile_in(place).unwrap());
+        store.set_len(1 << 20).unwrap();
+        let (before, window) = (store.stat().unwrap().allocated, store.window().unwrap());
+        let mut bytes = vec![1; 1 << 20];
+        window.read_at(0, &mut bytes);
+        assert!(bytes.iter().all(|&byte| byte == 0));
+        assert_eq!(store.stat().unwrap().allocated, before);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use memmap2::{Mmap, MmapOptions};
@@ -22,20 +23,28 @@ pub struct Window {
 
 #[derive(Debug)]
 enum Source {
-    Map(Mmap),
+    Map {
+        map: Mmap,
+        /// Where reads go first, on a file system on which reading a hole through a map fills it.
+        file: Option<File>,
+    },
     Owned(Arc<Vec<u8>>),
-    Patched { below: Box<Window>, sectors: Arc<BTreeMap<u64, Sector>>, len: u64 },
+    Patched {
+        below: Box<Window>,
+        sectors: Arc<BTreeMap<u64, Sector>>,
+        len: u64,
+    },
 }
 
 /// 512 bytes, aligned in the file.
 pub type Sector = [u8; 512];
 
 impl Window {
-    /// Maps all of `file`.
+    /// Maps all of `file`. With `keep_holes` what is read through the window takes no space in the file.
     ///
     /// # Errors
     /// What the system says, `Unsupported` for a file that cannot be mapped.
-    pub(crate) fn map(file: &File, len: u64) -> io::Result<Self> {
+    pub(crate) fn map(file: &File, len: u64, keep_holes: bool) -> io::Result<Self> {
         let len = usize::try_from(len).map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
         if len == 0 {
             return Ok(Self { source: Source::Owned(Arc::default()) });
@@ -45,7 +54,8 @@ impl Window {
         // two loads. If another process cuts the file short against its lock, a load raises SIGBUS and ends the
         // process, which every on-disk state of this project survives.
         let map = unsafe { MmapOptions::new().len(len).map(file)? };
-        Ok(Self { source: Source::Map(map) })
+        let file = keep_holes.then(|| file.try_clone()).transpose()?;
+        Ok(Self { source: Source::Map { map, file } })
     }
 
     /// A window over a copy of all of `store`, for stores that are not files.
@@ -68,7 +78,7 @@ impl Window {
     pub fn len(&self) -> u64 {
         match &self.source {
             Source::Patched { len, .. } => *len,
-            Source::Map(map) => map.len() as u64,
+            Source::Map { map, .. } => map.len() as u64,
             Source::Owned(bytes) => bytes.len() as u64,
         }
     }
@@ -93,8 +103,10 @@ impl Window {
                     inside.copy_from_slice(from);
                 }
             }
-            Source::Map(map) if have > 0 => copy_volatile(map, at, inside),
-            Source::Map(_) => {}
+            // What cannot be read that way is met again in the map.
+            Source::Map { file: Some(file), .. } if file.read_exact_at(inside, offset).is_ok() => {}
+            Source::Map { map, .. } if have > 0 => copy_volatile(map, at, inside),
+            Source::Map { .. } => {}
             Source::Patched { below, sectors, .. } => {
                 below.read_at(offset, inside);
                 patch(sectors, offset, inside);
@@ -167,13 +179,15 @@ mod tests {
         let path = dir.path().join("f");
         let bytes: Vec<u8> = (0..=255).cycle().take(10_000).collect();
         std::fs::write(&path, &bytes).unwrap();
-        let window = Window::map(&File::open(&path).unwrap(), 10_000).unwrap();
-        for (at, len) in [(0, 16), (3, 1000), (9_990, 30), (20_000, 5), (0, 10_000), (9_999, 1)] {
-            let mut got = vec![0xee; len];
-            window.read_at(at, &mut got);
-            let want: Vec<u8> =
-                (0..len).map(|i| bytes.get(usize::try_from(at).unwrap() + i).copied().unwrap_or(0)).collect();
-            assert_eq!(got, want, "{at} {len}");
+        for keep_holes in [false, true] {
+            let window = Window::map(&File::open(&path).unwrap(), 10_000, keep_holes).unwrap();
+            for (at, len) in [(0, 16), (3, 1000), (9_990, 30), (20_000, 5), (0, 10_000), (9_999, 1)] {
+                let mut got = vec![0xee; len];
+                window.read_at(at, &mut got);
+                let byte = |i| bytes.get(usize::try_from(at).unwrap() + i).copied().unwrap_or(0);
+                let want: Vec<u8> = (0..len).map(byte).collect();
+                assert_eq!(got, want, "{at} {len} {keep_holes}");
+            }
         }
     }
 }

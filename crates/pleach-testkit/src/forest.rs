@@ -22,6 +22,8 @@ pub struct State {
     pub digest: Digest,
     /// Whether the backing name is absolute; `None` where either is right.
     pub absolute: Option<bool>,
+    /// What the internal snapshots of the file read as, by their ids.
+    pub snapshots: Vec<(String, Digest)>,
 }
 
 /// A way to delete a node, as the model sees it.
@@ -57,7 +59,14 @@ impl Forest {
             let absolute = parent.is_some().then_some(node.absolute);
             (
                 node.name.clone(),
-                State { file: node.file.clone(), format: node.format, parent, digest, absolute },
+                State {
+                    file: node.file.clone(),
+                    format: node.format,
+                    parent,
+                    digest,
+                    absolute,
+                    snapshots: snapshots_of(&tree.path(node), node.format),
+                },
             )
         };
         Self { nodes: tree.nodes.iter().zip(digests).map(state).collect() }
@@ -72,10 +81,9 @@ impl Forest {
         let state = |(name, file, format, parent): &(&str, &str, Format, Option<&str>)| {
             let digest = oracle::digest(&dir.join(file), *format);
             let parent = parent.map(str::to_owned);
-            (
-                (*name).to_owned(),
-                State { file: (*file).to_owned(), format: *format, parent, digest, absolute: None },
-            )
+            let snapshots = snapshots_of(&dir.join(file), *format);
+            let file = (*file).to_owned();
+            ((*name).to_owned(), State { file, format: *format, parent, digest, absolute: None, snapshots })
         };
         Self { nodes: oracle::in_parallel(nodes, state).into_iter().collect() }
     }
@@ -192,7 +200,41 @@ impl Forest {
         let child_state = self.nodes.remove(child).unwrap_or_else(|| panic!("the model has no node {child}"));
         self.reparent(name, old.parent.as_deref());
         self.reparent(child, Some(name));
-        self.nodes.insert(name.to_owned(), State { digest: child_state.digest, absolute: None, ..old });
+        let (digest, snapshots) = (child_state.digest, child_state.snapshots);
+        self.nodes.insert(name.to_owned(), State { digest, snapshots, absolute: None, ..old });
+    }
+
+    /// The model after `name` got another name and another file.
+    ///
+    /// # Panics
+    /// If there is no such node.
+    #[must_use]
+    pub fn renamed(&self, name: &str, new: &str, file: &str, format: Format) -> Self {
+        let mut after = self.clone();
+        let old = after.nodes.remove(name).unwrap_or_else(|| panic!("the model has no node {name}"));
+        after.reparent(name, Some(new));
+        after.nodes.insert(new.to_owned(), State { file: file.to_owned(), format, absolute: None, ..old });
+        after
+    }
+
+    /// The model after everything that the files from `top` down to `base` hold has gone down into `base`.
+    ///
+    /// # Panics
+    /// If there is no such run.
+    #[must_use]
+    pub fn committed(&self, top: &str, base: &str) -> Self {
+        let mut after = self.clone();
+        let above_base = |name: &String| name != base;
+        let between: Vec<String> = self.ancestors(top).into_iter().take_while(above_base).collect();
+        after.nodes.retain(|name, _| !between.contains(name));
+        let digest = self.state(top).digest;
+        if let Some(base) = after.nodes.get_mut(base) {
+            base.digest = digest;
+        }
+        if let Some(state) = after.nodes.get_mut(top) {
+            state.parent = Some(base.to_owned());
+        }
+        after
     }
 
     /// Everything in which `dir` differs from the model: files, contents, backing links, consistency.
@@ -204,6 +246,23 @@ impl Forest {
         found.extend(
             oracle::in_parallel(&states, |state| self.node_problems(dir, state)).into_iter().flatten(),
         );
+        found
+    }
+
+    /// As [`problems`](Self::problems), but only what may have come from a change of the files that are named: nodes that
+    /// stand on none of them are not read, and only these files are checked.
+    #[must_use]
+    pub fn problems_of(&self, dir: &Path, changed: &[String]) -> Vec<String> {
+        let mut found = self.file_problems(dir);
+        let touched = |name: &str| changed.contains(&self.state(name).file);
+        let names: Vec<&str> = self.nodes.keys().map(String::as_str).collect();
+        let reads = |name: &&str| touched(name) || self.ancestors(name).iter().any(|name| touched(name));
+        let names: Vec<&str> = names.into_iter().filter(reads).collect();
+        let problems = |name: &&str| match touched(name) {
+            true => self.node_problems(dir, self.state(name)),
+            false => content_problems_of(dir, self.state(name)),
+        };
+        found.extend(oracle::in_parallel(&names, problems).into_iter().flatten());
         found
     }
 
@@ -220,7 +279,7 @@ impl Forest {
 
     fn node_problems(&self, dir: &Path, state: &State) -> Vec<String> {
         let path = dir.join(&state.file);
-        let mut found = content_problems(&path, state.format, state.digest);
+        let mut found = content_problems_of(dir, state);
         let check = oracle::check(&path, state.format);
         if !check.is_clean() {
             found.push(format!("{}: not clean: {check:?}", state.file));
@@ -277,6 +336,32 @@ impl Forest {
         let wanted: BTreeMap<_, _> = self.visible().into_iter().map(expected).collect();
         crate::files::changes(&keyed(wanted), &keyed(shown))
     }
+}
+
+/// What the internal snapshots of an image read as, by their ids.
+fn snapshots_of(path: &Path, format: Format) -> Vec<(String, Digest)> {
+    if format == Format::Raw {
+        return Vec::new();
+    }
+    let info = oracle::info(path);
+    let ids = info.get("snapshots").and_then(Value::as_array).into_iter().flatten();
+    let ids = ids.filter_map(|snapshot| snapshot.get("id")?.as_str());
+    let digest = |id| oracle::try_snapshot_digest(path, id).unwrap_or_else(|error| panic!("{error}"));
+    ids.map(|id| (id.to_owned(), digest(id))).collect()
+}
+
+/// In what the node and its internal snapshots read differently from the model.
+fn content_problems_of(dir: &Path, state: &State) -> Vec<String> {
+    let path = dir.join(&state.file);
+    let mut found = content_problems(&path, state.format, state.digest);
+    for (id, wanted) in &state.snapshots {
+        match oracle::try_snapshot_digest(&path, id) {
+            Ok(digest) if digest == *wanted => {}
+            Ok(digest) => found.push(format!("{}@{id}: reads as {digest}, was {wanted}", state.file)),
+            Err(error) => found.push(error),
+        }
+    }
+    found
 }
 
 /// What `path` reads as, if that is not `wanted`.

@@ -59,6 +59,19 @@ pub struct Node {
     pub version2: bool,
     /// Whether the stored backing name is an absolute path.
     pub absolute: bool,
+    /// Whether it has extended L2 entries.
+    pub subclusters: bool,
+}
+
+/// What a tree may have besides, and its form.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Extras {
+    /// Extended L2 entries in some images.
+    pub subclusters: bool,
+    /// Internal snapshots in some images.
+    pub snapshots: bool,
+    /// Each file stands on the one before.
+    pub chain: bool,
 }
 
 /// A directory with one or more trees in it.
@@ -80,15 +93,26 @@ impl RandomTree {
     /// # Panics
     /// If a tool fails, or `n_files` is 0.
     pub fn build(dir: &Path, rng: &mut Rng, n_files: usize) -> Self {
+        Self::build_with(dir, rng, n_files, Extras::default())
+    }
+
+    /// As [`build`](Self::build), with extras.
+    ///
+    /// # Panics
+    /// As [`build`](Self::build).
+    pub fn build_with(dir: &Path, rng: &mut Rng, n_files: usize, extras: Extras) -> Self {
         assert!(n_files > 0, "a tree of no files was asked for");
         fs::create_dir_all(dir).expect("the tree's directory");
         let noise = tempfile::NamedTempFile::new_in(dir.parent().unwrap_or(dir)).expect("a file of noise");
         fs::write(noise.path(), rng.noise(NOISE)).expect("a file of noise");
         let mut tree = Self { dir: dir.to_path_buf(), nodes: Vec::new() };
         while tree.nodes.len() < n_files {
-            let parent = tree.choose_parent(rng);
+            let parent = match tree.nodes.len().checked_sub(1) {
+                Some(newest) if extras.chain => Some(newest),
+                _ => tree.choose_parent(rng),
+            };
             let last = tree.nodes.len() + 1 == n_files;
-            tree.grow(rng, parent, last, noise.path());
+            tree.grow(rng, parent, last, noise.path(), extras);
         }
         tree
     }
@@ -112,7 +136,7 @@ impl RandomTree {
         }
     }
 
-    fn grow(&mut self, rng: &mut Rng, parent: Option<usize>, last: bool, noise: &Path) {
+    fn grow(&mut self, rng: &mut Rng, parent: Option<usize>, last: bool, noise: &Path, extras: Extras) {
         let index = self.nodes.len();
         let format = if parent.is_none() && !last && rng.chance(35) { Format::Raw } else { Format::Qcow2 };
         let stem = *rng.pick(&["n", "n", "n", "n", "Node ", "nœud-", "n.v"]);
@@ -123,7 +147,7 @@ impl RandomTree {
         let name = format!("{stem}{index:02}");
         let cluster_size = *rng.pick(CLUSTERS);
         let parent_size = parent.and_then(|parent| self.nodes.get(parent)).map(|parent| parent.virtual_size);
-        let node = Node {
+        let mut node = Node {
             file: format!("{name}{extension}"),
             name,
             format,
@@ -133,10 +157,13 @@ impl RandomTree {
             cluster_size,
             version2: rng.chance(20),
             absolute: rng.chance(25),
+            subclusters: false,
         };
+        node.subclusters =
+            extras.subclusters && !node.version2 && node.cluster_size >= 16 * KIB && rng.chance(25);
         match format {
             Format::Raw => self.make_raw(rng, &node, noise),
-            Format::Qcow2 => self.make_qcow2(rng, &node, noise),
+            Format::Qcow2 => self.make_qcow2(rng, &node, noise, extras),
         }
         if let Some(parent) = parent.and_then(|parent| self.nodes.get_mut(parent)) {
             parent.children.push(index);
@@ -149,12 +176,17 @@ impl RandomTree {
         qemu_io(&self.path(node), Format::Raw, &commands(rng, node, Compressed::Never, noise));
     }
 
-    fn make_qcow2(&self, rng: &mut Rng, node: &Node, noise: &Path) {
+    fn make_qcow2(&self, rng: &mut Rng, node: &Node, noise: &Path, extras: Extras) {
         let mut options = vec![format!("cluster_size={}", node.cluster_size)];
+        let mut refcount_bits = 16;
         if node.version2 {
             options.push("compat=v2".to_owned());
         } else {
-            options.push(format!("refcount_bits={}", rng.pick(&[1, 2, 4, 8, 16, 16, 16, 32, 64])));
+            refcount_bits = *rng.pick(&[1, 2, 4, 8, 16, 16, 16, 32, 64]);
+            options.push(format!("refcount_bits={refcount_bits}"));
+            if node.subclusters {
+                options.push("extended_l2=on".to_owned());
+            }
             options.push(format!("lazy_refcounts={}", rng.pick(&["off", "off", "off", "on"])));
         }
         let plain = options.join(",");
@@ -175,6 +207,12 @@ impl RandomTree {
         qemu_io(&self.path(node), Format::Qcow2, &commands(rng, node, compressed, noise));
         if rng.chance(10) {
             self.compress(node, backing.as_ref(), &plain);
+        }
+        if extras.snapshots && refcount_bits >= 4 && rng.chance(20) {
+            for name in ["s1", "s2"].into_iter().take(1 + rng.index(2)) {
+                qemu_img_in(&self.dir, &["snapshot", "-c", name, &node.file]);
+                qemu_io(&self.path(node), Format::Qcow2, &commands(rng, node, Compressed::Never, noise));
+            }
         }
     }
 

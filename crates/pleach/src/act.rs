@@ -24,7 +24,10 @@ pub(crate) fn start_jobs(jobs: Option<usize>) -> Result<()> {
 }
 
 /// Shows a plan, or asks and carries it out, as `args` say.
-pub(crate) fn carry_out(view: &View<'_>, prepared: Prepared, args: &RunArgs) -> Result<ExitCode> {
+pub(crate) fn carry_out(view: &View<'_>, mut prepared: Prepared, args: &RunArgs) -> Result<ExitCode> {
+    if !args.act.yes || args.act.json {
+        prepared.foresee(view.survey)?;
+    }
     if let Some(file) = &args.plan {
         apply::save(file, view, &prepared)?;
     }

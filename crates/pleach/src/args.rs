@@ -73,6 +73,8 @@ pub(crate) enum Command {
     Delete(DeleteArgs),
     /// Make one image out of a run of them, with the content of the uppermost
     Merge(MergeArgs),
+    /// Bring what an image holds into an image below it; it stays on that one, empty
+    Commit(CommitArgs),
     /// Make one snapshot out of a run of them: the last one stays
     Squash(SquashArgs),
     /// Give an image another backing file, or none; its content stays the same
@@ -751,6 +753,7 @@ impl Command {
         match self {
             Self::Delete(args) => Some(&mut args.run),
             Self::Merge(args) => Some(&mut args.run),
+            Self::Commit(args) => Some(&mut args.run),
             Self::Squash(args) => Some(&mut args.run),
             Self::Rebase(args) => Some(&mut args.run),
             _ => None,
@@ -783,6 +786,23 @@ pub(crate) struct MergeArgs {
     /// Whose file name survives: top, base, or auto (the file into which the data are copied)
     #[arg(long, default_value = "base", value_name = "WHOSE", value_parser = keep_of_run)]
     pub(crate) keep: pleach_engine::Keep,
+    /// What the result is called instead: a name that no file has. A bare one lies beside BASE
+    #[arg(long, value_name = "FILE")]
+    pub(crate) name: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) place: PlaceArgs,
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CommitArgs {
+    /// The image, which reads the same afterwards
+    #[arg(value_name = "IMG")]
+    pub(crate) image: PathBuf,
+    /// The image below it that gets what it holds, and what those between hold, which go; its backing file if left out
+    #[arg(long, value_name = "BASE")]
+    pub(crate) into: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) place: PlaceArgs,
     #[command(flatten)]

@@ -7,7 +7,7 @@ use pleach_engine::family::{State, shown};
 use pleach_engine::survey::Survey;
 use pleach_engine::tree::Tree;
 use pleach_engine::verbs::{RemoveRequest, forget, remove};
-use pleach_engine::{DeletePlan, DeleteRequest, Direction, Outcome, Rebase, Result, Work, prepare};
+use pleach_engine::{DeletePlan, DeleteRequest, Direction, Naming, Outcome, Rebase, Result, Work, prepare};
 use pleach_image::escape;
 use pleach_lineage::DeleteMode;
 use pleach_store::RealDisk;
@@ -102,6 +102,7 @@ fn mode(args: &DeleteArgs) -> DeleteMode {
 pub(crate) enum Verb {
     Delete,
     Merge,
+    Commit,
     Rebase,
 }
 
@@ -110,7 +111,17 @@ impl Verb {
         match self {
             Self::Delete => "delete",
             Self::Merge => "merge",
+            Self::Commit => "commit",
             Self::Rebase => "rebase",
+        }
+    }
+
+    fn done(self) -> &'static str {
+        match self {
+            Self::Delete => "deleted",
+            Self::Merge => "merged",
+            Self::Commit => "committed",
+            Self::Rebase => "rebased",
         }
     }
 }
@@ -145,6 +156,9 @@ impl View<'_> {
         let mut out = format!("{} {}\n", self.verb.word(), plan.node);
         let mut line = |what: &str, text: String| out.push_str(&format!("  {what:<8} {text}\n"));
         self.lines(plan, &mut line);
+        for reader in self.dependents(plan) {
+            line("reads it", reader);
+        }
         for (name, parent) in &plan.reparented {
             line(
                 "parent",
@@ -154,13 +168,50 @@ impl View<'_> {
                 },
             );
         }
-        let (written, freed) = (self.size(plan.bytes_written()), self.size(plan.bytes_freed));
-        line("total", format!("{written} written, {freed} freed"));
+        line("total", self.totals(plan));
         out
+    }
+
+    /// Who stands on what is deleted, or on the image whose content stays.
+    fn dependents(&self, plan: &DeletePlan) -> Vec<String> {
+        let file = plan.single.as_ref().map(|(victim, merges, _)| match self.verb {
+            Verb::Merge | Verb::Commit => merges.first().map_or(*victim, |merge| merge.reader),
+            Verb::Delete | Verb::Rebase => *victim,
+        });
+        let file = file.and_then(|file| self.survey.files.get(file));
+        file.map(|f| f.dependents.iter().map(|&d| self.file(d)).collect()).unwrap_or_default()
+    }
+
+    fn totals(&self, plan: &DeletePlan) -> String {
+        let size = |bytes| self.size(bytes);
+        let shared = match plan.bytes_cloned() {
+            0 => String::new(),
+            bytes => format!(" (of which {} shared)", size(bytes)),
+        };
+        format!(
+            "{} read, {} written{shared}, {} freed",
+            size(plan.bytes_read()),
+            size(plan.bytes_written()),
+            size(plan.bytes_freed)
+        )
+    }
+
+    /// What files are called when all is done, and how long they are before and then.
+    fn lengths(&self, plan: &DeletePlan, done: bool) -> Vec<(String, u64, u64)> {
+        let mut all = Vec::new();
+        for length in &plan.forecast.lengths {
+            let Some(path) = plan.name_after(self.survey, length.file) else { continue };
+            let now = std::fs::metadata(path).ok().filter(|_| done).map(|m| m.len());
+            all.push((self.path(path), length.before, now.unwrap_or(length.after)));
+        }
+        all
     }
 
     /// What happens to files, a line each.
     pub(crate) fn lines(&self, plan: &DeletePlan, line: &mut impl FnMut(&str, String)) {
+        for &(file, bytes) in &plan.forecast.reads {
+            line("read", format!("{} of {}", self.size(bytes), self.file(file)));
+        }
         for merge in plan.merges() {
             let (into, of) = (self.file(merge.target), self.size(merge.bytes_written));
             let victim = plan.single.as_ref().map(|s| self.file(s.0)).unwrap_or_default();
@@ -191,8 +242,15 @@ impl View<'_> {
         for (from, to) in plan.renames(self.survey) {
             line("rename", format!("{} to {}", self.path(from), self.path(to)));
         }
+        if let Some((_, _, Naming::Empty { reader, .. })) = &plan.single {
+            line("empty", self.file(*reader));
+        }
         for path in plan.unlinks(self.survey) {
             line("remove", self.path(path));
+        }
+        for (name, before, after) in self.lengths(plan, false) {
+            let (before, after) = (self.size(before), self.size(after));
+            line("length", format!("of {name} is {after}, was {before}"));
         }
     }
 
@@ -203,7 +261,7 @@ impl View<'_> {
             0 => String::new(),
             bytes => format!(" (of which {} shared)", self.size(bytes)),
         };
-        let mut out = format!("{}d {}: {written} written{shared}", self.verb.word(), plan.node);
+        let mut out = format!("{} {}: {written} written{shared}", self.verb.done(), plan.node);
         out.push_str(&if self.verb == Verb::Rebase { "\n".to_owned() } else { format!(", {freed} freed\n") });
         for (from, to) in plan.renames(self.survey) {
             out.push_str(&format!("  {} is now called {}\n", self.path(from), self.path(to)));
@@ -238,6 +296,21 @@ impl View<'_> {
                 })
             })
             .collect();
+        let reads: Vec<Value> = plan
+            .forecast
+            .reads
+            .iter()
+            .map(|&(file, bytes)| json!({ "file": self.file(file), "bytes": bytes }))
+            .collect();
+        let lengths: Vec<Value> = self
+            .lengths(plan, outcome.is_some())
+            .into_iter()
+            .map(|(file, before, after)| json!({ "file": file, "before": before, "after": after }))
+            .collect();
+        let emptied: Vec<String> = match &plan.single {
+            Some((_, _, Naming::Empty { reader, .. })) => vec![self.file(*reader)],
+            _ => Vec::new(),
+        };
         let renames: Vec<Value> = plan
             .renames(self.survey)
             .into_iter()
@@ -248,22 +321,22 @@ impl View<'_> {
             .iter()
             .map(|r| json!({ "file": self.file(r.file), "backing_file": self.backing(r) }))
             .collect();
-        let victim = plan.single.as_ref().and_then(|s| self.survey.files.get(s.0));
-        let dependents: Vec<String> =
-            victim.map(|f| f.dependents.iter().map(|&d| self.file(d)).collect()).unwrap_or_default();
         let reparented: Vec<Value> =
             plan.reparented.iter().map(|(name, parent)| json!({ "name": name, "parent": parent })).collect();
         json!({
             "node": plan.node,
-            "bytes_read": figures.bytes_written,
+            "bytes_read": plan.bytes_read(),
             "bytes_written": figures.bytes_written,
             "bytes_cloned": figures.bytes_cloned,
             "bytes_freed": figures.bytes_freed,
+            "reads": reads,
             "copies": copies,
             "renames": renames,
             "unlinks": plan.unlinks(self.survey).into_iter().map(|p| self.path(p)).collect::<Vec<_>>(),
             "rebases": rebases,
-            "dependents": dependents,
+            "emptied": emptied,
+            "lengths": lengths,
+            "dependents": self.dependents(plan),
             "reparented": reparented,
             "refused": null,
         })

@@ -134,7 +134,11 @@ fn disks(record: &Record) -> Vec<Value> {
 /// What really happened, in place of what was planned.
 fn put_figures(plan: &mut Value, outcome: Outcome) {
     if let Some(plan) = plan.as_object_mut() {
-        plan.insert("bytes_read".into(), json!(outcome.bytes_written));
+        let planned = |key: &str| plan.get(key).and_then(Value::as_u64).unwrap_or(0);
+        // What is copied out of internal snapshots is read too.
+        let copied = outcome.bytes_written.saturating_sub(planned("bytes_written"));
+        let read = planned("bytes_read") + copied;
+        plan.insert("bytes_read".into(), json!(read));
         plan.insert("bytes_written".into(), json!(outcome.bytes_written));
         plan.insert("bytes_cloned".into(), json!(outcome.bytes_cloned));
         plan.insert("bytes_freed".into(), json!(outcome.bytes_freed));
@@ -249,7 +253,7 @@ impl JobView<'_> {
         let (written, freed) = self.totals();
         let cloned: u64 = self.job.merges.iter().map(DeletePlan::bytes_cloned).sum();
         let mut lists: Map<String, Value> = Map::new();
-        for key in ["copies", "renames", "unlinks", "rebases", "dependents"] {
+        for key in ["reads", "copies", "renames", "unlinks", "rebases", "dependents", "lengths"] {
             let of = |merge: &DeletePlan| {
                 self.view(merge).object(merge, None).get(key).and_then(|v| v.as_array().cloned())
             };
@@ -302,7 +306,7 @@ impl JobView<'_> {
             self.job.reparented.iter().map(|(n, p)| json!({ "name": n, "parent": p })).collect();
         let mut plan = json!({
             "operation": self.job.what,
-            "bytes_read": written,
+            "bytes_read": self.job.merges.iter().map(DeletePlan::bytes_read).sum::<u64>() + self.copied,
             "bytes_written": written,
             "bytes_cloned": cloned,
             "bytes_freed": freed,

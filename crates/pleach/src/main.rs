@@ -79,6 +79,7 @@ fn run(command: Command) -> (bool, Result<ExitCode>) {
         Command::Measure(args) => (args.copy.json, convert::measure(&args)),
         Command::Delete(args) => (args.run.act.json, delete::run(&args)),
         Command::Merge(args) => (args.run.act.json, merge::run(&args)),
+        Command::Commit(args) => (args.run.act.json, merge::commit(&args)),
         Command::Squash(args) => (args.run.act.json, merge::squash(&args)),
         Command::Rebase(args) => (args.run.act.json, rebase::run(&args)),
         Command::Resume(args) => (args.json, resume::run(&args)),

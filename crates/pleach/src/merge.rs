@@ -1,6 +1,6 @@
-//! `pleach merge` and `pleach squash`
+//! `pleach merge`, `pleach commit` and `pleach squash`
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use pleach_engine::family::State;
@@ -9,7 +9,7 @@ use pleach_engine::{Error, ErrorKind, Keep, Result, prepare_merge};
 use pleach_store::RealDisk;
 
 use crate::act::{carry_out, start_jobs};
-use crate::args::{MergeArgs, RunArgs, SquashArgs};
+use crate::args::{CommitArgs, MergeArgs, RunArgs, SquashArgs};
 use crate::delete::{Verb, View};
 use crate::job;
 use crate::target::{Target, directory};
@@ -18,15 +18,53 @@ pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
     start_jobs(args.run.act.pace.jobs)?;
     let target = Target::of(&args.top, &args.place.also)?;
     let mut survey = target.survey(&args.place.trust())?;
-    let find = |survey: &Survey, path: &Path| {
-        let missing = || Error::new(ErrorKind::NotFound, "is no image that was found").at(path);
-        survey.find(&RealDisk, path).ok_or_else(missing)
-    };
     let top = find(&survey, target.image.as_deref().unwrap_or(&args.top))?;
-    // The lowermost image may be named from the uppermost's directory, as in a header.
-    let beside = directory(&args.top).join(&args.into);
-    let base = find(&survey, &args.into).or_else(|error| find(&survey, &beside).map_err(|_| error))?;
-    merge(&target, &mut survey, (top, base), &args.keep, &args.run)
+    let base = below(&survey, &args.top, &args.into)?;
+    let keep = match &args.name {
+        Some(name) => named(&survey, (top, base), name),
+        None => args.keep.clone(),
+    };
+    merge(&target, &mut survey, (top, base), &keep, Verb::Merge, &args.run)
+}
+
+pub(crate) fn commit(args: &CommitArgs) -> Result<ExitCode> {
+    start_jobs(args.run.act.pace.jobs)?;
+    let target = Target::of(&args.image, &args.place.also)?;
+    let mut survey = target.survey(&args.place.trust())?;
+    let top = find(&survey, target.image.as_deref().unwrap_or(&args.image))?;
+    let base = match &args.into {
+        Some(base) => below(&survey, &args.image, base)?,
+        None => survey.chain(top)?.get(1).copied().ok_or_else(|| {
+            let text = "stands alone: there is no image below it that could get what it holds";
+            Error::new(ErrorKind::Usage, text).at(&args.image)
+        })?,
+    };
+    merge(&target, &mut survey, (top, base), &Keep::Both, Verb::Commit, &args.run)
+}
+
+fn find(survey: &Survey, path: &Path) -> Result<usize> {
+    let missing = || Error::new(ErrorKind::NotFound, "is no image that was found").at(path);
+    survey.find(&RealDisk, path).ok_or_else(missing)
+}
+
+/// The image `base` below `top`: it may be named from the directory of `top`, as in a header, or from here.
+fn below(survey: &Survey, top: &Path, base: &Path) -> Result<usize> {
+    let beside = directory(top).join(base);
+    find(survey, base).or_else(|error| find(survey, &beside).map_err(|_| error))
+}
+
+/// What a merge keeps whose result is to be called `name`: a bare name lies beside the lowermost image.
+fn named(survey: &Survey, (top, base): (usize, usize), name: &Path) -> Keep {
+    let bare = name.components().count() == 1 && name.file_name().is_some();
+    let path: PathBuf = match survey.files.get(base).filter(|_| bare) {
+        Some(base) => directory(&base.path).join(name),
+        None => name.to_owned(),
+    };
+    match survey.find(&RealDisk, &path) {
+        Some(file) if file == top => Keep::Child,
+        Some(file) if file == base => Keep::Parent(None),
+        _ => Keep::Named(path),
+    }
 }
 
 pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
@@ -52,7 +90,7 @@ pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
         let text = format!("a run of one snapshot, \"{}\": there is nothing to squash", args.last);
         return Err(Error::new(ErrorKind::Usage, text));
     }
-    merge(&target, &mut survey, run, &Keep::Child, &args.run)
+    merge(&target, &mut survey, run, &Keep::Child, Verb::Merge, &args.run)
 }
 
 fn merge(
@@ -60,6 +98,7 @@ fn merge(
     survey: &mut Survey,
     run: (usize, usize),
     keep: &Keep,
+    verb: Verb,
     how: &RunArgs,
 ) -> Result<ExitCode> {
     // What stands on a file of the run may lie beside it, wherever that is.
@@ -69,6 +108,6 @@ fn merge(
         }
     }
     let prepared = prepare_merge(&RealDisk, survey, run, keep, how.changes())?;
-    let view = View { survey, base: &target.base, bytes: how.act.bytes, verb: Verb::Merge };
+    let view = View { survey, base: &target.base, bytes: how.act.bytes, verb };
     carry_out(&view, prepared, how)
 }

@@ -253,15 +253,8 @@ fn merge(draft: &mut Draft<'_>, file: usize, keep: &Keep) -> Result<()> {
         other => other.clone(),
     };
     let (open, merges, naming) = plan_single(draft.disk, survey, file, &keep, &Decided::default(), false)?;
-    let mut plan = DeletePlan {
-        node: String::new(),
-        removes: Vec::new(),
-        single: Some((file, merges, naming)),
-        between: Vec::new(),
-        reparented: Vec::new(),
-        bytes_freed: 0,
-    };
-    rehearse(survey, &plan, &open)?;
+    let mut plan = DeletePlan { single: Some((file, merges, naming)), ..DeletePlan::default() };
+    plan.forecast = rehearse(survey, &plan, &open)?;
     drop(open);
     plan.bytes_freed = plan.frees(survey);
     let path = |i: usize| survey.files.get(i).map(|f| f.path.clone());
@@ -332,8 +325,8 @@ fn pull_away(draft: &mut Draft<'_>, file: usize) -> Result<()> {
             }
         };
         let request = RebaseRequest { image: reader, onto, unchecked: false };
-        let prepared = plan_rebase(draft.disk, survey, &request, false)?;
-        rehearse(survey, &prepared.plan, &prepared.open)?;
+        let mut prepared = plan_rebase(draft.disk, survey, &request, false)?;
+        prepared.plan.forecast = rehearse(survey, &prepared.plan, &prepared.open)?;
         draft.merges.push(prepared.plan);
         draft.dependents.push(over.path.clone());
         draft.lock(reader)?;
