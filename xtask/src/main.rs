@@ -26,7 +26,7 @@ const TASKS: &[Task] = &[
     ("fuzz", "fuzz [target|all] [seconds=60] [libFuzzer args]; alone: lists the targets", fuzz::fuzz),
     (
         "crash",
-        "crash [states=1000000]: kills, power losses and failing disks, in memory, so many on single images and on trees",
+        "crash [states=1000000]: so many states that kills, power losses and failing disks leave of all verbs, in memory",
         crash,
     ),
     ("bench", "bench [criterion args]: all benches", bench),
@@ -79,10 +79,18 @@ fn test(args: &[String]) -> Result {
 }
 
 fn crash(args: &[String]) -> Result {
-    let states = args.first().map_or("1000000", String::as_str);
-    let test =
-        ["test", "--release", "--package", "pleach-engine", "--test", "crash", "--test", "crash_trees"];
-    run::run(cargo().args(test).args(["--", "--nocapture"]).env("PLEACH_CRASH_STATES", states))
+    const TESTS: [&str; 3] = ["crash", "crash_trees", "crash_images"];
+    let states: usize = match args.first() {
+        Some(n) => n.parse().map_err(|_| format!("{n:?} is not a number of states"))?,
+        None => 1_000_000,
+    };
+    let mut test = cargo();
+    test.args(["test", "--release", "--package", "pleach-engine"]);
+    for name in TESTS {
+        test.args(["--test", name]);
+    }
+    test.args(["--", "--nocapture"]);
+    run::run(test.env("PLEACH_CRASH_STATES", states.div_ceil(TESTS.len()).to_string()))
 }
 
 fn bench(args: &[String]) -> Result {

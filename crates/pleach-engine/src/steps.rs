@@ -520,13 +520,14 @@ impl OpenSteps<'_> {
         Ok(())
     }
 
-    /// Takes away what was made, last first.
+    /// Takes away what was made, last first. Each step counts as begun, not as done, before it is taken back: [`resume`] and
+    /// [`undo`] both go on from anywhere in here.
     fn take_back(&mut self) -> Result<()> {
         let disk = self.disk;
-        let begun = self.begun();
-        let (made, next) = match begun.split_last() {
+        let begun = self.begun().to_vec();
+        let (made, next) = match begun.as_slice().split_last() {
             Some((next, made)) if begun.len() > self.steps.done => (made, Some(next)),
-            _ => (begun, None),
+            _ => (&*begun, None),
         };
         let untouched = match next {
             None => true,
@@ -547,7 +548,11 @@ impl OpenSteps<'_> {
         }
         self.clear()?;
         self.mend()?;
-        for step in begun.iter().rev() {
+        for (number, step) in begun.iter().enumerate().rev() {
+            if number < self.steps.done {
+                self.steps.done = number;
+                replace(disk, self.path, self.steps.encode(self.base)?.as_bytes())?;
+            }
             match step {
                 Step::Overlay { new } | Step::Copy { new, .. } if disk.stat(&new.path).is_ok() => {
                     self.remove_new(step, new)?;

@@ -1,5 +1,6 @@
-//! Operations on a disk in memory: whatever a kill, a loss of power or a failing disk leaves, every node that stays reads
-//! right before anything else is run, `resume` finishes, and a second `resume` finds nothing to do.
+//! Operations on chains, on a disk in memory: whatever a kill, a loss of power or a failing disk leaves, every node that stays
+//! reads right before anything else is run, and a write to it hurts no other; `resume` finishes, `undo` takes back what it
+//! does not refuse, and a second `resume` finds nothing to do; all of that also where these are ended early themselves.
 //!
 //! `PLEACH_CRASH_STATES=n` goes on with further seeds until that many states were judged (`cargo xtask crash n`).
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
@@ -10,15 +11,16 @@ use std::path::{Path, PathBuf};
 use pleach_engine::family::Family;
 use pleach_engine::survey::{FileFormat, Survey, Trust};
 use pleach_engine::{
-    DeleteRequest, Keep, Onto, Prepared, RebaseRequest, Result, Source, SourceOptions, Watch, execute,
-    open_writer, prepare, prepare_merge, prepare_rebase, resume,
+    DeleteRequest, ErrorKind, Keep, Onto, Prepared, RebaseRequest, Result, Source, SourceOptions, Watch,
+    execute, open_writer, prepare, prepare_merge, prepare_rebase, resume, undo,
 };
 use pleach_format::{BackingFile, Version};
 use pleach_image::{CreateOptions, Image, Layer, check, create};
 use pleach_lineage::DeleteMode;
 use pleach_store::{Access, Disk};
-use pleach_testkit::sim::{Contents, SimDisk};
-use pleach_testkit::{OnFailure, Rng, chosen_seed};
+use pleach_testkit::oracle::{self, Format, text};
+use pleach_testkit::sim::{Effort, SimDisk, Subject, crash_rounds, endings};
+use pleach_testkit::{OnFailure, Rng};
 
 const DIR: &str = "/d";
 
@@ -41,9 +43,12 @@ fn path(name: &str) -> PathBuf {
 }
 
 fn delete(disk: &SimDisk, survey: &Survey, name: &str, keep: Keep) -> Result<Prepared> {
+    delete_in(disk, survey, name, DeleteMode::Single, keep)
+}
+
+fn delete_in(disk: &SimDisk, survey: &Survey, name: &str, mode: DeleteMode, keep: Keep) -> Result<Prepared> {
     let family = Family::of(survey, Path::new(DIR))?;
-    let request = DeleteRequest { name: name.into(), mode: DeleteMode::Single, keep, whole_tree: false };
-    prepare(disk, survey, &family, &request, true)
+    prepare(disk, survey, &family, &DeleteRequest { name: name.into(), mode, keep, whole_tree: false }, true)
 }
 
 fn merge(disk: &SimDisk, survey: &Survey, keep: Keep) -> Result<Prepared> {
@@ -75,6 +80,24 @@ const OPERATIONS: &[Operation] = &[
         plan: |d, s| delete(d, s, "D", Keep::Parent(Some("E".into()))),
         goes: &["D"],
         moves: Some(("E", "D")),
+    },
+    Operation {
+        name: "delete the root",
+        plan: |d, s| delete(d, s, "P", Keep::Child),
+        goes: &["P"],
+        moves: None,
+    },
+    Operation {
+        name: "delete with all that stands on it",
+        plan: |d, s| delete_in(d, s, "D", DeleteMode::Children, Keep::Child),
+        goes: &["D", "E", "F"],
+        moves: None,
+    },
+    Operation {
+        name: "delete what stands on it",
+        plan: |d, s| delete_in(d, s, "D", DeleteMode::ChildrenOnly, Keep::Child),
+        goes: &["E", "F"],
+        moves: None,
     },
     Operation { name: "merge", plan: |d, s| merge(d, s, Keep::Child), goes: &["N", "P"], moves: None },
     Operation {
@@ -159,84 +182,117 @@ fn read(disk: &SimDisk, name: &str) -> std::result::Result<Vec<u8>, String> {
 struct Case<'a> {
     operation: &'a Operation,
     before: BTreeMap<String, Vec<u8>>,
-    label: String,
 }
 
 impl Case<'_> {
     /// Every node that stays reads as before, under one of its names.
-    fn nodes(&self, disk: &SimDisk, text: &str) {
-        for (name, bytes) in self.before.iter().filter(|(n, _)| !self.operation.goes.contains(&n.as_str())) {
-            let moved = self.operation.moves.filter(|(mover, _)| mover == name).map(|(_, heir)| heir);
-            let there = disk.stat(&path(name)).is_ok();
-            let found = read(disk, if there { name } else { moved.unwrap_or(name) });
-            assert_eq!(found.as_ref(), Ok(bytes), "{}: {text}: {name} reads differently", self.label);
+    fn nodes(&self, disk: &SimDisk, before: &BTreeMap<String, Vec<u8>>, when: &str) {
+        for (name, bytes) in before.iter().filter(|(n, _)| !self.operation.goes.contains(&n.as_str())) {
+            let found = read(disk, self.file_of(name, &|name| disk.stat(&path(name)).is_ok()));
+            assert_eq!(found.as_ref(), Ok(bytes), "{when}: {name} reads differently");
         }
     }
 
-    /// Nothing is lost in this state, and `resume` makes it whole.
-    fn judge(&self, state: Contents, text: &str) {
-        let disk = SimDisk::of(state);
-        self.nodes(&disk, text);
-        let resumed = resume(&disk, &[DIR.into()], &Watch::new());
-        resumed.unwrap_or_else(|e| panic!("{}: {text}: resume: {} {:?}", self.label, e.full(), e.path));
-        self.nodes(&disk, &format!("{text}, then resume"));
+    /// What a node's file is called now.
+    fn file_of<'n>(&self, name: &'n str, there: &dyn Fn(&str) -> bool) -> &'n str {
+        let moved = self.operation.moves.filter(|(mover, _)| *mover == name).map(|(_, heir)| heir);
+        if there(name) { name } else { moved.unwrap_or(name) }
+    }
+
+    /// Somebody who knows of nothing writes to an image on which no other stands.
+    fn write_somewhere(&self, disk: &SimDisk, when: &str) {
+        let left =
+            ["E", "F"].into_iter().find(|n| !self.operation.goes.contains(n) && disk.stat(&path(n)).is_ok());
+        // A node that goes is nobody's to write to, and one that stands below another neither.
+        let Some(name) = left else { return };
+        let writer =
+            open_writer(disk, &path(name), &trusting()).unwrap_or_else(|e| panic!("{when}: {}", e.full()));
+        let at = writer.size() / 1024 * 512;
+        writer
+            .write_at(at, &[0xee; 512])
+            .and_then(|()| writer.close())
+            .unwrap_or_else(|e| panic!("{when}: {e}"));
+        let mut then = self.before.clone();
+        let at = usize::try_from(at).unwrap();
+        then.get_mut(name).unwrap()[at..at + 512].fill(0xee);
+        let when = format!("{when}; then a write to {name}");
+        self.nodes(disk, &then, &when);
+        let resumed = resume(disk, &[DIR.into()], &Watch::new());
+        resumed.unwrap_or_else(|e| panic!("{when}: resume: {} {:?}", e.full(), e.path));
+        self.nodes(disk, &then, &format!("{when}; then resume"));
+    }
+}
+
+impl Subject for Case<'_> {
+    fn act(&self, disk: &SimDisk) -> std::result::Result<(), String> {
+        let all = survey(disk);
+        let prepared = (self.operation.plan)(disk, &all).map_err(|e| e.full())?;
+        execute(disk, &all, prepared, &Watch::new()).map(drop).map_err(|e| e.full())
+    }
+
+    fn ways(&self) -> &'static [&'static str] {
+        &["resume", "resume", "undo"]
+    }
+
+    fn recover(&self, disk: &SimDisk, way: &str) -> std::result::Result<(), String> {
+        if way == "undo" {
+            match undo(disk, &[DIR.into()]) {
+                Ok(undone) if !undone.is_empty() => {
+                    let before = self.before.iter().all(|(n, bytes)| read(disk, n).as_ref() == Ok(bytes));
+                    return if before {
+                        Ok(())
+                    } else {
+                        Err(format!("taken back, but not as before: {undone:?}"))
+                    };
+                }
+                Err(e) if e.kind != ErrorKind::Refused => return Err(e.full()),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        resume(disk, &[DIR.into()], &Watch::new()).map(drop).map_err(|e| e.full())
+    }
+
+    fn always(&self, disk: &SimDisk, when: &str) {
+        self.nodes(disk, &self.before, when);
+        self.write_somewhere(disk, when);
+    }
+
+    fn in_the_end(&self, disk: &SimDisk, _: &str, when: &str) {
+        self.nodes(disk, &self.before, when);
         for (name, _) in disk.contents().names() {
-            assert_eq!(name.parent(), Some(Path::new(DIR)), "{}: {text}: left over", self.label);
+            assert_eq!(name.parent(), Some(Path::new(DIR)), "{when}: left over");
             let image = Image::open(disk.open(name, Access::Read).unwrap()).unwrap();
             let report = check(&image).unwrap();
-            assert_eq!((report.errors, report.leaks), (0, 0), "{}: {text}: {name:?}", self.label);
+            assert_eq!((report.errors, report.leaks), (0, 0), "{when}: {name:?}");
         }
-        let done = disk.contents();
-        assert_eq!(resume(&disk, &[DIR.into()], &Watch::new()).unwrap(), [], "{}: {text}", self.label);
-        assert_eq!(disk.contents(), done, "{}: {text}: a second resume changes something", self.label);
+    }
+
+    fn by_stock(&self, dir: &Path, when: &str) {
+        for (name, bytes) in self.before.iter().filter(|(n, _)| !self.operation.goes.contains(&n.as_str())) {
+            let file = dir.join(self.file_of(name, &|name| dir.join(name).exists()));
+            let check = oracle::check(&file, Format::Qcow2);
+            let dirty = || oracle::info(&file)["dirty-flag"] == true;
+            assert!(check.is_safe() || dirty(), "{when}: {name}: {}", check.text);
+            let raw = dir.join("raw");
+            oracle::qemu_img(&["convert", "-O", "raw", text(&file), text(&raw)]);
+            assert!(std::fs::read(&raw).unwrap() == *bytes, "{when}: stock QEMU reads {name} differently");
+        }
     }
 }
 
 /// One tree, one operation, every state. Returns how many there were.
-fn run(seed: u64, operation: &Operation) -> usize {
-    let _seed = OnFailure::print_seed(seed, "crash");
+fn run(seed: u64, operation: &Operation, effort: Effort) -> usize {
+    let _seed = OnFailure::print_seed(seed, format!("crash: {}", operation.name));
     let mut rng = Rng::new(seed);
     let start = build(&mut rng).contents();
     let names: Vec<String> =
         start.names().map(|(p, _)| p.file_name().unwrap().to_str().unwrap().to_owned()).collect();
     let before =
         names.into_iter().map(|n| (n.clone(), read(&SimDisk::of(start.clone()), &n).unwrap())).collect();
-    let case = Case { operation, before, label: format!("seed {seed}, {}", operation.name) };
-    let disk = SimDisk::of(start.clone());
-    let all = survey(&disk);
-    let prepared = (operation.plan)(&disk, &all).unwrap();
-    disk.record();
-    execute(&disk, &all, prepared, &Watch::new()).unwrap();
-    let mut states = 0;
-    let mut judge = |state: Contents, text: &str| {
-        states += 1;
-        case.judge(state, text);
-    };
-    disk.kills(&mut judge);
-    disk.power_losses(&mut rng, 4, &mut judge);
-    for n in 0..disk.changes() {
-        let failing = SimDisk::of(start.clone());
-        let all = survey(&failing);
-        let prepared = (operation.plan)(&failing, &all).unwrap();
-        failing.fail_after(Some(n));
-        let failed = execute(&failing, &all, prepared, &Watch::new());
-        assert!(failed.is_err(), "{}: change {n} fails, and nobody says so", case.label);
-        judge(failing.contents(), &format!("change {n} fails, and all after it"));
-    }
-    states
+    endings(&start, &Case { operation, before }, effort, &mut rng)
 }
 
 #[test]
 fn no_crash_loses_anything() {
-    let wanted: Option<usize> = std::env::var("PLEACH_CRASH_STATES").ok().and_then(|n| n.parse().ok());
-    let (mut states, mut seed) = (0, chosen_seed().unwrap_or(1));
-    let mut rounds = 0;
-    while rounds < 2 || wanted.is_some_and(|wanted| states < wanted) {
-        for operation in OPERATIONS {
-            states += run(seed, operation);
-            seed += 1;
-        }
-        rounds += 1;
-    }
-    println!("{states} states");
+    crash_rounds(OPERATIONS, 10, run);
 }

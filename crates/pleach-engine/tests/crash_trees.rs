@@ -11,12 +11,13 @@ use pleach_engine::tree::Tree;
 use pleach_engine::verbs::{
     Job, RemoveRequest, RevertRequest, TakeKind, TakeRequest, Unsaved, remove, rename, revert, take,
 };
-use pleach_engine::{Keep, Result, Source, SourceOptions, Watch, open_writer, resume, undo};
+use pleach_engine::{ErrorKind, Keep, Result, Source, SourceOptions, Watch, open_writer, resume, undo};
 use pleach_image::{CreateOptions, Image, check, create};
 use pleach_lineage::{DeleteMode, Record, Storage};
 use pleach_store::{Access, Disk};
-use pleach_testkit::sim::{Contents, SimDisk};
-use pleach_testkit::{OnFailure, Rng, chosen_seed};
+use pleach_testkit::oracle::{self, Format, text};
+use pleach_testkit::sim::{Effort, SimDisk, Subject, crash_rounds, endings};
+use pleach_testkit::{OnFailure, Rng, Tool};
 
 const DIR: &str = "/d";
 const CATALOG: &str = "/d/.pleach/vm.tree";
@@ -130,11 +131,15 @@ fn read(disk: &SimDisk, storage: &Storage) -> std::result::Result<Content, Strin
         Source::open(disk, &path, &SourceOptions { snapshot, ..trusting() }).map_err(|e| e.full())?;
     let mut bytes = vec![0; usize::try_from(source.chain.size()).unwrap()];
     source.chain.read_at(0, &mut bytes).map_err(|e| e.to_string())?;
+    Ok(short(&bytes))
+}
+
+fn short(bytes: &[u8]) -> Content {
     let sector = |bytes: &[u8]| {
         let same = bytes.iter().all(|b| *b == bytes[0]);
         if same { format!("{:02x}", bytes[0]) } else { format!("<{bytes:02x?}>") }
     };
-    Ok(bytes.chunks(512).map(sector).collect())
+    bytes.chunks(512).map(sector).collect()
 }
 
 /// What one node keeps of one disk, and where that was found.
@@ -155,110 +160,133 @@ fn states(disk: &SimDisk, record: &Record) -> States {
     found
 }
 
-struct Case {
-    label: String,
+struct Case<'a> {
+    operation: &'a Operation,
     before: (Record, States),
     after: (Record, States),
 }
 
-impl Case {
+impl Case<'_> {
     /// Every node that stays reads as before, from where it was or from where it will be.
-    fn nodes(&self, disk: &SimDisk, text: &str) {
-        let later: BTreeMap<_, _> = self.after.1.iter().collect();
-        for (key, (was, bytes)) in self.before.1.iter().filter(|(key, _)| !key.0.is_empty()) {
-            let Some((will, _)) = later.get(key) else { continue };
-            let found = [read(disk, was), read(disk, will)];
+    fn nodes(&self, disk: &SimDisk, when: &str) {
+        for (key, places, content) in self.kept() {
+            let found = places.map(|place| read(disk, place));
             assert!(
-                found.iter().any(|f| f.as_ref() == Ok(bytes)),
-                "{}: {text}: {key:?} at {was:?} or {will:?} reads differently: {found:?}",
-                self.label
+                found.iter().any(|f| f.as_ref() == Ok(content)),
+                "{when}: {key:?} at {places:?} reads differently: {found:?}"
             );
         }
     }
 
     /// The tree is the one that it was, or is to be, on all disks.
-    fn whole(&self, disk: &SimDisk, text: &str, may_be_new: bool) {
+    fn whole(&self, disk: &SimDisk, when: &str, may_be_new: bool) {
         let tree = load(disk);
         let record = &tree.catalog.record;
-        assert!(tree.missing.is_empty(), "{}: {text}: {:?}", self.label, tree.missing);
-        assert!(tree.differences.is_empty(), "{}: {text}: {:?}", self.label, tree.differences);
+        assert!(tree.missing.is_empty(), "{when}: {:?}", tree.missing);
+        assert!(tree.differences.is_empty(), "{when}: {:?}", tree.differences);
         let now = (record.clone(), states(disk, record));
         if !(may_be_new && now == self.after) {
-            assert_eq!(now, self.before, "{}: {text}", self.label);
+            assert_eq!(now, self.before, "{when}");
         }
         let files: Vec<PathBuf> = record.files().into_iter().map(|f| Path::new(DIR).join(f)).collect();
         for (name, _) in disk.contents().names() {
             if name == Path::new(CATALOG) {
                 continue;
             }
-            assert!(files.iter().any(|f| f == name), "{}: {text}: {name:?} is left over", self.label);
+            assert!(files.iter().any(|f| f == name), "{when}: {name:?} is left over");
             let image = Image::open(disk.open(name, Access::Read).unwrap()).unwrap();
             let report = check(&image).unwrap();
-            assert_eq!((report.errors, report.leaks), (0, 0), "{}: {text}: {name:?}", self.label);
+            assert_eq!((report.errors, report.leaks), (0, 0), "{when}: {name:?}");
         }
     }
 
-    fn judge(&self, state: &Contents, text: &str) {
-        let disk = SimDisk::of(state.clone());
-        self.nodes(&disk, text);
-        let back = SimDisk::of(state.clone());
-        if undo(&back, &[DIR.into()]).is_ok_and(|undone| !undone.is_empty()) {
-            self.whole(&back, &format!("{text}, then undo"), false);
+    /// Where a snapshot's storage may be, and what it holds.
+    fn kept(&self) -> impl Iterator<Item = (&(String, String), [&Storage; 2], &Content)> {
+        let later: BTreeMap<_, _> = self.after.1.iter().collect();
+        self.before.1.iter().filter(|(key, _)| !key.0.is_empty()).filter_map(move |(key, (was, content))| {
+            later.get(key).map(|(will, _)| (key, [was, will], content))
+        })
+    }
+}
+
+impl Subject for Case<'_> {
+    fn act(&self, disk: &SimDisk) -> std::result::Result<(), String> {
+        let job = (self.operation.plan)(disk, &load(disk)).map_err(|e| e.full())?;
+        job.run(disk, &Watch::new()).map(drop).map_err(|e| e.full())
+    }
+
+    fn ways(&self) -> &'static [&'static str] {
+        &["resume", "undo"]
+    }
+
+    fn recover(&self, disk: &SimDisk, way: &str) -> std::result::Result<(), String> {
+        if way == "undo" {
+            match undo(disk, &[DIR.into()]) {
+                Ok(undone) if !undone.is_empty() => {
+                    self.whole(disk, "taken back", false);
+                    return Ok(());
+                }
+                Err(e) if e.kind != ErrorKind::Refused => return Err(e.full()),
+                Ok(_) | Err(_) => {}
+            }
         }
-        let resumed = resume(&disk, &[DIR.into()], &Watch::new());
-        resumed.unwrap_or_else(|e| panic!("{}: {text}: resume: {} {:?}", self.label, e.full(), e.path));
-        self.whole(&disk, &format!("{text}, then resume"), true);
-        let done = disk.contents();
-        assert_eq!(resume(&disk, &[DIR.into()], &Watch::new()).unwrap(), [], "{}: {text}", self.label);
-        assert_eq!(disk.contents(), done, "{}: {text}: a second resume changes something", self.label);
+        resume(disk, &[DIR.into()], &Watch::new()).map(drop).map_err(|e| e.full())
+    }
+
+    fn always(&self, disk: &SimDisk, when: &str) {
+        self.nodes(disk, when);
+    }
+
+    fn in_the_end(&self, disk: &SimDisk, _: &str, when: &str) {
+        self.whole(disk, when, true);
+    }
+
+    fn by_stock(&self, dir: &Path, when: &str) {
+        for (key, places, content) in self.kept() {
+            let read = |storage: &&Storage| {
+                let (file, raw) = (dir.join(storage.file()), dir.join("raw"));
+                let mut command = vec!["convert", "-O", "raw"];
+                let chosen;
+                if let Storage::Internal { id, .. } = storage {
+                    chosen = format!("snapshot.id={id}");
+                    command.extend(["-l", &chosen]);
+                }
+                command.extend([text(&file), text(&raw)]);
+                let done = Tool::new("qemu-img").run(&command);
+                (done.code == Some(0)).then(|| short(&std::fs::read(&raw).unwrap()))
+            };
+            assert!(
+                places.iter().any(|place| read(place).as_ref() == Some(content)),
+                "{when}: stock QEMU reads {key:?} differently"
+            );
+        }
+        for file in std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).filter(|p| p.is_file()) {
+            if std::fs::read(&file).unwrap().starts_with(b"QFI") {
+                let check = oracle::check(&file, Format::Qcow2);
+                let dirty = || oracle::info(&file)["dirty-flag"] == true;
+                assert!(check.is_safe() || dirty(), "{when}: {file:?}: {}", check.text);
+            }
+        }
     }
 }
 
 /// One tree, one operation, every state. Returns how many there were.
-fn run(seed: u64, operation: &Operation) -> usize {
-    let _seed = OnFailure::print_seed(seed, "crash_trees");
+fn run(seed: u64, operation: &Operation, effort: Effort) -> usize {
+    let _seed = OnFailure::print_seed(seed, format!("crash_trees: {}", operation.name));
     let mut rng = Rng::new(seed);
     let start = build(&mut rng).contents();
     let disk = SimDisk::of(start.clone());
     let tree = load(&disk);
     let before = (tree.catalog.record.clone(), states(&disk, &tree.catalog.record));
-    let job = (operation.plan)(&disk, &tree).unwrap();
-    disk.record();
-    job.run(&disk, &Watch::new()).unwrap();
+    (operation.plan)(&disk, &tree).unwrap().run(&disk, &Watch::new()).unwrap();
     let record = load(&disk).catalog.record;
     let after = (record.clone(), states(&disk, &record));
-    let case = Case { label: format!("seed {seed}, {}", operation.name), before, after };
+    let case = Case { operation, before, after };
     case.whole(&disk, "done", true);
-    let mut count = 0;
-    let mut judge = |state: Contents, text: &str| {
-        count += 1;
-        case.judge(&state, text);
-    };
-    disk.kills(&mut judge);
-    disk.power_losses(&mut rng, 2, &mut judge);
-    for n in 0..disk.changes() {
-        let failing = SimDisk::of(start.clone());
-        let tree = load(&failing);
-        let job = (operation.plan)(&failing, &tree).unwrap();
-        failing.fail_after(Some(n));
-        let failed = job.run(&failing, &Watch::new());
-        assert!(failed.is_err(), "{}: change {n} fails, and nobody says so", case.label);
-        judge(failing.contents(), &format!("change {n} fails, and all after it"));
-    }
-    count
+    endings(&start, &case, effort, &mut rng)
 }
 
 #[test]
 fn all_disks_are_old_or_all_are_new() {
-    let wanted: Option<usize> = std::env::var("PLEACH_CRASH_STATES").ok().and_then(|n| n.parse().ok());
-    let (mut count, mut seed) = (0, chosen_seed().unwrap_or(1));
-    let mut rounds = 0;
-    while rounds < 1 || wanted.is_some_and(|wanted| count < wanted) {
-        for operation in OPERATIONS {
-            count += run(seed, operation);
-            seed += 1;
-        }
-        rounds += 1;
-    }
-    println!("{count} states");
+    crash_rounds(OPERATIONS, 5, run);
 }

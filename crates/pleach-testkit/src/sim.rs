@@ -12,7 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pleach_store::{Access, Disk, FileId, FileKind, LockError, Role, Stat, Store, Window};
 
+use crate::files::WorkDir;
 use crate::rng::Rng;
+use crate::{chosen_seed, oracle};
 
 const SECTOR: usize = 512;
 
@@ -36,6 +38,22 @@ enum Op {
     FlushDirectory(PathBuf),
 }
 
+/// When changes fail, and how.
+#[derive(Copy, Clone, Debug)]
+pub struct Fault {
+    /// Changes that still succeed.
+    pub after: usize,
+    /// Whether only one fails, and the disk works again then.
+    pub once: bool,
+    /// The system's number for what is wrong.
+    pub errno: i32,
+}
+
+/// What a medium with bad places says.
+pub const EIO: i32 = 5;
+/// What a full file system says.
+pub const ENOSPC: i32 = 28;
+
 /// Everything on a disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contents {
@@ -49,6 +67,18 @@ impl Contents {
     pub fn names(&self) -> impl Iterator<Item = (&Path, &[u8])> {
         let bytes = |file| self.files.get(file).map_or(&[][..], Vec::as_slice);
         self.names.iter().map(move |(path, file)| (path.as_path(), bytes(file)))
+    }
+
+    /// Writes all files into a directory that is there, as if its path were the first part of theirs.
+    fn write_to(&self, dir: &Path) {
+        for (path, bytes) in self.names() {
+            let inside: PathBuf = path.components().skip(2).collect();
+            let path = dir.join(inside);
+            let home = path.parent().expect("it lies in the directory");
+            std::fs::create_dir_all(home)
+                .and_then(|()| std::fs::write(&path, bytes))
+                .expect("a file written out");
+        }
     }
 
     fn apply(&mut self, op: &Op) {
@@ -81,8 +111,10 @@ struct Inner {
     next: u64,
     /// Since when, and what, is remembered.
     recorded: Option<(Contents, Vec<Op>)>,
-    /// Changes that still succeed; then each one fails.
-    left: Option<usize>,
+    /// What goes wrong, if anything does.
+    fault: Option<Fault>,
+    /// Changes that failed.
+    failed: usize,
 }
 
 /// A disk in memory.
@@ -121,9 +153,9 @@ impl SimDisk {
         inner.recorded = Some((inner.now.clone(), Vec::new()));
     }
 
-    /// Lets `n` more changes succeed, and no more; all of them if that is `None`.
-    pub fn fail_after(&self, n: Option<usize>) {
-        self.inner().left = n;
+    /// Lets changes fail from now on as `fault` says; none if that is `None`.
+    pub fn fail(&self, fault: Option<Fault>) {
+        self.inner().fault = fault;
     }
 
     /// How many changes were recorded.
@@ -134,14 +166,34 @@ impl SimDisk {
 
     fn change(&self, op: Op) -> io::Result<()> {
         let mut inner = self.inner();
-        if let Some(left) = inner.left {
-            inner.left = Some(left.checked_sub(1).ok_or_else(|| io::Error::other("the disk fails"))?);
+        if let Some(fault) = inner.fault {
+            match fault.after.checked_sub(1) {
+                Some(after) => inner.fault = Some(Fault { after, ..fault }),
+                None => {
+                    inner.fault = inner.fault.filter(|f| !f.once);
+                    inner.failed += 1;
+                    return Err(io::Error::from_raw_os_error(fault.errno));
+                }
+            }
         }
         inner.now.apply(&op);
         if let Some((_, ops)) = &mut inner.recorded {
             ops.push(op);
         }
         Ok(())
+    }
+
+    /// A recorded change, for people.
+    fn described(&self, n: usize) -> String {
+        let inner = self.inner();
+        let op = inner.recorded.as_ref().and_then(|(_, ops)| ops.get(n));
+        match op {
+            Some(Op::Write { file, offset, bytes }) => {
+                format!("{n} (file {file}: {} bytes at {offset})", bytes.len())
+            }
+            Some(op) => format!("{n} ({op:?})"),
+            None => format!("{n}"),
+        }
     }
 
     /// Calls `judge` with every state that a kill may leave: the page cache survives, so what was done up to some instant.
@@ -160,7 +212,8 @@ impl SimDisk {
 
     /// Calls `judge` with states that a loss of power may leave. Just before each flush, of what was not durable: nothing,
     /// all, each beginning, each change alone, each one missing, `random` more choices; each with the names as flushed, as
-    /// they were last, and at each step between; and writes torn at a sector.
+    /// they were last, and at each step between; and writes torn at a sector, either part of them missing, or of which only
+    /// the file's new length is there.
     ///
     /// # Panics
     /// If nothing was recorded.
@@ -186,16 +239,178 @@ impl SimDisk {
                 }
             }
             for (i, op) in pending.iter().enumerate() {
-                if let Op::Write { file, offset, bytes } = op
-                    && let Some(cut) = tear(*offset, bytes.len(), rng)
-                {
-                    let mut state = sure.clone();
-                    pending.iter().take(i).for_each(|op| state.apply(op));
-                    let part = bytes.get(..cut).unwrap_or(&[]).to_vec();
-                    state.apply(&Op::Write { file: *file, offset: *offset, bytes: part });
-                    judge(state, &format!("power lost at change {at}: write {i} torn at {cut}"));
+                let Op::Write { file, offset, bytes } = op else { continue };
+                let mut before = sure.clone();
+                pending.iter().take(i).for_each(|op| before.apply(op));
+                if let Some(cut) = tear(*offset, bytes.len(), rng) {
+                    let (first, second) = bytes.split_at(cut.min(bytes.len()));
+                    for (offset, part) in [(*offset, first), (offset + cut, second)] {
+                        let mut state = before.clone();
+                        state.apply(&Op::Write { file: *file, offset, bytes: part.to_vec() });
+                        judge(
+                            state,
+                            &format!("power lost at change {at}: write {i} torn at {cut}, from {offset}"),
+                        );
+                    }
+                }
+                let len = offset + bytes.len();
+                if before.files.get(file).is_none_or(|content| content.len() < len) {
+                    before.apply(&Op::SetLen { file: *file, len });
+                    judge(before, &format!("power lost at change {at}: of write {i} only the length"));
                 }
             }
+        }
+    }
+}
+
+/// Something that is done to a disk, and what must hold of everything that is left of it when it ends early.
+///
+/// # Panics
+/// All but [`act`](Self::act) panic where something does not hold, with `when` in the message.
+pub trait Subject {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Why it could not be done.
+    fn act(&self, disk: &SimDisk) -> Result<(), String>;
+
+    /// Ways of recovery: each of them ends well from any state.
+    fn ways(&self) -> &'static [&'static str];
+
+    /// Finishes, or takes back, what was begun, in one of the ways.
+    ///
+    /// # Errors
+    /// Why that could not be done.
+    fn recover(&self, disk: &SimDisk, way: &str) -> Result<(), String>;
+
+    /// Judges a state as somebody finds it who knows of nothing.
+    fn always(&self, disk: &SimDisk, when: &str);
+
+    /// Judges a state after a recovery in one of the ways.
+    fn in_the_end(&self, disk: &SimDisk, way: &str, when: &str);
+
+    /// Judges a state by other tools: its files are in `dir`.
+    fn by_stock(&self, dir: &Path, when: &str);
+}
+
+/// How thorough [`endings`] is.
+#[derive(Copy, Clone, Debug)]
+pub struct Effort {
+    /// Choices at random of what a loss of power leaves, besides those that are made each time.
+    pub random: usize,
+    /// Of so many states one is judged; 1 judges all.
+    pub one_in: u64,
+    /// Of so many states that are judged, in one the recovery is ended early itself, in every way.
+    pub deep_one_in: u64,
+    /// Of so many states that are judged, one is judged by other tools as well.
+    pub stock_one_in: u64,
+}
+
+/// Everything that kills, losses of power and failing changes leave of `subject` done to `start`, judged, recovered in one
+/// of the ways, judged again, and recovered once more without any effect. Returns how many states were judged.
+///
+/// # Panics
+/// If anything does not hold.
+pub fn endings(start: &Contents, subject: &dyn Subject, effort: Effort, rng: &mut Rng) -> usize {
+    let mut endings = Endings { subject, effort, judged: 0 };
+    let mut chance = Rng::new(rng.bits());
+    each_ending(start, &|disk| subject.act(disk), effort.random, rng, &mut |state, when| {
+        if chance.below(effort.one_in) == 0 {
+            endings.judge(&state, when, &mut chance);
+        }
+    });
+    endings.judged
+}
+
+/// Runs `run` on each of `operations` with one seed after the other, `rounds` times; or, if `PLEACH_CRASH_STATES` is a number,
+/// with every state judged, until there were so many; or once with the seed that `PLEACH_SEED` names.
+///
+/// # Panics
+/// If `run` does.
+pub fn crash_rounds<T: Sync>(operations: &[T], rounds: u64, run: impl Fn(u64, &T, Effort) -> usize + Sync) {
+    let wanted: Option<usize> = std::env::var("PLEACH_CRASH_STATES").ok().and_then(|n| n.parse().ok());
+    let effort = match wanted {
+        Some(_) => Effort { random: 4, one_in: 1, deep_one_in: 40, stock_one_in: 2000 },
+        None => Effort { random: 2, one_in: 12, deep_one_in: 60, stock_one_in: 80 },
+    };
+    let (first, rounds) = chosen_seed().map_or((1, rounds), |seed| (seed, 1));
+    let (mut states, mut seed) = (0, first);
+    while seed < first + rounds || wanted.is_some_and(|wanted| states < wanted) {
+        states +=
+            oracle::in_parallel(operations, |operation| run(seed, operation, effort)).iter().sum::<usize>();
+        seed += 1;
+    }
+    println!("{} configurations, {states} states", (seed - first) * operations.len() as u64);
+}
+
+struct Endings<'a> {
+    subject: &'a dyn Subject,
+    effort: Effort,
+    judged: usize,
+}
+
+impl Endings<'_> {
+    fn judge(&mut self, state: &Contents, when: &str, rng: &mut Rng) {
+        self.judged += 1;
+        self.subject.always(&SimDisk::of(state.clone()), when);
+        if rng.below(self.effort.stock_one_in) == 0 {
+            let work = WorkDir::new("sim");
+            state.write_to(&work);
+            self.subject.by_stock(&work, when);
+        }
+        let way = *rng.pick(self.subject.ways());
+        self.recovered(state, way, when);
+        if rng.below(self.effort.deep_one_in) == 0 {
+            let mut chance = Rng::new(rng.bits());
+            each_ending(state, &|disk| self.subject.recover(disk, way), 1, rng, &mut |state, then| {
+                if chance.below(self.effort.one_in) == 0 {
+                    let when = format!("{when}; then {way}, {then}");
+                    self.judged += 1;
+                    self.subject.always(&SimDisk::of(state.clone()), &when);
+                    let way = *chance.pick(self.subject.ways());
+                    self.recovered(&state, way, &when);
+                }
+            });
+        }
+    }
+
+    /// Recovers, twice, and judges that.
+    fn recovered(&self, state: &Contents, way: &str, when: &str) {
+        let disk = SimDisk::of(state.clone());
+        let when = format!("{when}; then {way}");
+        self.subject.recover(&disk, way).unwrap_or_else(|e| panic!("{when}: {e}"));
+        self.subject.in_the_end(&disk, way, &when);
+        let done = disk.contents();
+        self.subject.recover(&disk, way).unwrap_or_else(|e| panic!("{when}, twice: {e}"));
+        assert!(disk.contents() == done, "{when}, twice: the second time changes something");
+    }
+}
+
+/// Calls `judge` with everything that `act`, done to `start`, may leave: if it is killed, if power is lost, if a change fails,
+/// alone or with all after it.
+fn each_ending(
+    start: &Contents,
+    act: &dyn Fn(&SimDisk) -> Result<(), String>,
+    random: usize,
+    rng: &mut Rng,
+    judge: &mut dyn FnMut(Contents, &str),
+) {
+    let disk = SimDisk::of(start.clone());
+    disk.record();
+    act(&disk).unwrap_or_else(|e| panic!("without any trouble: {e}"));
+    disk.kills(judge);
+    disk.power_losses(rng, random, judge);
+    for after in 0..disk.changes() {
+        for (errno, once) in [(EIO, false), (ENOSPC, true)] {
+            let failing = SimDisk::of(start.clone());
+            failing.fail(Some(Fault { after, once, errno }));
+            let done = act(&failing);
+            let change = disk.described(after);
+            // Several threads may make fewer changes another time.
+            let failed = failing.inner().failed > 0;
+            assert!(once || done.is_err() || !failed, "change {change} fails, and nobody says so");
+            let what = if once { "alone" } else { "and all after it" };
+            judge(failing.contents(), &format!("change {change} fails, {what}: {done:?}"));
         }
     }
 }
