@@ -20,7 +20,13 @@ type Case = (&'static str, &'static str, FileFormat, Target<'static>, &'static [
 
 fn qcow2(compress: bool, compression: CompressionType) -> Target<'static> {
     let options = CreateOptions { compression, ..CreateOptions::default() };
-    Target::Qcow2(NewImage { options, below: None, compress: compress.then_some(None), bitmaps: None })
+    Target::Qcow2(NewImage {
+        options,
+        below: None,
+        compress: compress.then_some(None),
+        carry: false,
+        bitmaps: None,
+    })
 }
 
 fn copies(c: &mut Criterion) {

@@ -1,6 +1,8 @@
 //! Inputs for the benches: images with known data, built by the project's own writer.
 #![forbid(unsafe_code)]
 
+pub mod beside;
+
 use std::path::{Path, PathBuf};
 
 use pleach_engine::survey::{Survey, Trust};

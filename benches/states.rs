@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
+use pleach_benches::beside::{children, own, qemu_img, run, text};
 use pleach_engine::internal::Internal;
 use pleach_engine::{Source, SourceOptions, Threads, Watch, compare, map, open_writer};
 use pleach_image::{Image, NewSnapshot, check_with};
@@ -113,7 +114,10 @@ fn table(wanted: &[&str]) {
             continue;
         }
         let (size, options) = (size / scale, format!("preallocation=metadata,cluster_size={cluster}"));
-        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&stock), &size.to_string()]);
+        qemu_img(
+            dir.path(),
+            &["create", "-q", "-f", "qcow2", "-o", &options, text(&stock), &size.to_string()],
+        );
         run(Command::new("cp").args(["--sparse=always", text(&stock), text(&ours)]));
         let clusters = size / cluster.parse::<u64>().unwrap();
         let other = (size / 4).to_string();
@@ -125,21 +129,20 @@ fn table(wanted: &[&str]) {
                 "shrink" => args.push(&other),
                 _ => {}
             }
-            let before = children();
-            let theirs = qemu_img(&args);
+            let theirs = qemu_img(dir.path(), &args);
             let between = children();
             let more = if row.name == "shrink" { other.as_str() } else { text(&stock) };
             let (seconds, peak) = measured(row.name, &ours, more);
-            let (stock_cpu, our_cpu) = (between - before, (children() - between).max(0.01));
+            let our_cpu = (children() - between).max(0.01);
             let [l2_read, l2_written, counts_read, counts_written] = row.touched;
             let bytes = clusters * (8 * (l2_read + l2_written) + 2 * (counts_read + counts_written));
             // A copy reads and writes each byte.
             let limit = bytes as f64 / 2.0 / speed;
             println!(
-                "| {label} | {} | {theirs:.2} ({stock_cpu:.2}) | {seconds:.2} ({our_cpu:.2}) | {:.0} ({:.0}) | {limit:.2} | {peak} |",
+                "| {label} | {} | {theirs} | {seconds:.2} ({our_cpu:.2}) | {:.0} ({:.0}) | {limit:.2} | {peak} |",
                 row.name,
-                theirs / seconds,
-                stock_cpu / our_cpu
+                theirs.clock / seconds,
+                theirs.cpu / our_cpu
             );
         }
         for path in [&stock, &ours] {
@@ -159,19 +162,6 @@ fn measured(name: &str, path: &Path, other: &str) -> (f64, u64) {
     (seconds.parse().unwrap(), peak.parse::<u64>().unwrap() >> 10)
 }
 
-/// Seconds that all processors spent on children that have ended.
-fn children() -> f64 {
-    processor(13)
-}
-
-/// The sum of a time in user mode and the one in the kernel, by the number of the first; the kernel counts hundredths.
-fn processor(field: usize) -> f64 {
-    let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
-    let (_, fields) = stat.rsplit_once(") ").unwrap();
-    let ticks: f64 = fields.split(' ').skip(field).take(2).map(|field| field.parse::<f64>().unwrap()).sum();
-    ticks / 100.0
-}
-
 /// Bytes that are copied between two files in memory in a second of one processor.
 fn copy_speed(dir: &Path) -> f64 {
     let (from, to) = (dir.join("from"), dir.join("to"));
@@ -181,30 +171,15 @@ fn copy_speed(dir: &Path) -> f64 {
     let (from_store, to_store) =
         (RealDisk.open(&from, Access::Read).unwrap(), RealDisk.open(&to, Access::Write).unwrap());
     let mut buffer = vec![0; 1 << 20];
-    let start = processor(11);
+    let start = own();
     for _ in 0..4 {
         for at in (0..bytes.len() as u64).step_by(buffer.len()) {
             from_store.read_at(at, &mut buffer).unwrap();
             to_store.write_at(at, &buffer).unwrap();
         }
     }
-    let seconds = (processor(11) - start).max(0.01) / 4.0;
+    let seconds = (own() - start).max(0.01) / 4.0;
     std::fs::remove_file(from).unwrap();
     std::fs::remove_file(to).unwrap();
     bytes.len() as f64 / seconds
-}
-
-fn qemu_img(args: &[&str]) -> f64 {
-    let start = Instant::now();
-    run(Command::new("qemu-img").args(args));
-    start.elapsed().as_secs_f64()
-}
-
-fn run(command: &mut Command) {
-    let done = command.output().unwrap();
-    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
 }

@@ -94,6 +94,10 @@ fn crash(args: &[String]) -> Result {
 }
 
 fn bench(args: &[String]) -> Result {
+    if args.iter().any(|arg| arg == "chain") {
+        // It runs the command line, as users do.
+        run::run(cargo().args(["build", "--release", "--package", "pleach"]))?;
+    }
     run::run(cargo().args(["bench", "--package", "pleach-benches", "--"]).args(args))
 }
 

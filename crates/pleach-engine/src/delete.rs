@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use pleach_format::{BackingFile, RunKind, RunList, Version};
-use pleach_image::{Chain, Emptying, Image, check, escape};
+use pleach_image::{Chain, Emptying, Image, ImageError, check, escape};
 use pleach_lineage::{DeleteMode, Reach};
 use pleach_plan::{
-    Content, Cover, Found, How, Need, Overlay, Say, Summary, Target, candidates, commit, pull, settle,
+    Content, Cover, Found, How, Need, Overlay, Say, Target, candidates, commit, pull, rewrite_whole, settle,
 };
 use pleach_store::{Disk, FileId, Role};
 
@@ -71,6 +71,9 @@ pub enum Work {
         shape: Target,
         /// What changes in it.
         needs: Vec<Need>,
+        /// Of the clusters that are filled, those that are taken over compressed as they are, each with the number of its
+        /// compressed bytes.
+        carried: BTreeMap<u64, u64>,
     },
     /// Clusters of a qcow2 image with internal snapshots, which lack them as its active state does.
     States {
@@ -742,6 +745,7 @@ impl<'a> Planner<'a> {
             bytes_cloned,
         };
         if !self.file(reader).snapshots.is_empty() {
+            refuse_parts(path, image)?;
             let mut covers = vec![own];
             covers.extend(snapshot_covers(path, image)?);
             let fills = pulled_fills(shape, &covers, &self.under, &self.content, |asked| {
@@ -752,9 +756,9 @@ impl<'a> Planner<'a> {
         }
         let chain = self.chain(reader)?;
         let needs = self.settled(reader, &chain, shape, &pull(shape, &own, &self.under, &self.content))?;
-        let bytes_written = Summary::of(shape, &needs).bytes_written;
         let cloned = self.files.clonable(reader, &chain, shape, &needs)?;
-        Ok(merge(Work::Clusters { shape, needs }, bytes_written, cloned))
+        let (work, bytes_written) = self.files.clusters(reader, &chain, shape, needs)?;
+        Ok(merge(work, bytes_written, cloned))
     }
 
     /// The only reader, or the one that takes the victim's name: the cheaper way, and the names.
@@ -987,13 +991,14 @@ impl<'a> Planner<'a> {
             let written = pieces.iter().filter(|p| p.1 == Say::Data).map(|(r, _)| r.end - r.start).sum();
             return Ok(merge(Work::Raw { size, pieces }, written, 0));
         }
-        let shape = shape_of(self.files.writable(self.victim)?, size);
+        let target = self.files.writable(self.victim)?;
+        let shape = shape_of(target, size);
         let chain = self.chain(reader)?;
-        let needs = commit(shape, &upper, &self.cover, &self.plain, &self.content);
+        let needs = committed((shape, parts_of(target)), &upper, &self.cover, &self.plain, &self.content);
         let needs = self.settled(reader, &chain, shape, &needs)?;
-        let bytes_written = Summary::of(shape, &needs).bytes_written;
         let cloned = self.files.clonable(self.victim, &chain, shape, &needs)?;
-        Ok(merge(Work::Clusters { shape, needs }, bytes_written, cloned))
+        let (work, bytes_written) = self.files.clusters(self.victim, &chain, shape, needs)?;
+        Ok(merge(work, bytes_written, cloned))
     }
 
     /// The victim's backing file as the header of `reader` will name it: absolute or relative as its old name was.
@@ -1130,12 +1135,42 @@ pub(crate) fn bytes_of(cluster_bits: u32, fills: &[StateFill]) -> u64 {
     (fills.iter().filter(|f| f.data).count() as u64) << cluster_bits
 }
 
+/// The image as a target of `size` bytes: with extended L2 entries, a subcluster is what changes as one.
 pub(crate) fn shape_of(image: &Image, size: u64) -> Target {
     Target {
-        cluster_bits: image.geometry().cluster_bits(),
+        cluster_bits: image.geometry().cluster_bits() - parts_of(image),
         size,
         zero_flag: image.header().version() == Version::V3,
     }
+}
+
+/// log2 of the parts of a cluster that change on their own.
+pub(crate) fn parts_of(image: &Image) -> u32 {
+    if image.geometry().extended_l2() { 5 } else { 0 }
+}
+
+/// Refuses to change all states of an image together if their clusters have parts.
+pub(crate) fn refuse_parts(path: &Path, image: &Image) -> Result<()> {
+    match parts_of(image) {
+        0 => Ok(()),
+        _ => {
+            let feature = "merging into an image with extended L2 entries and internal snapshots";
+            Err(Error::image(path, ImageError::Unsupported { feature }))
+        }
+    }
+}
+
+/// What changes in an image of `shape`, whose clusters have `1 << parts` parts, when it takes what `upper` has: see
+/// [`commit`].
+pub(crate) fn committed(
+    (shape, parts): (Target, u32),
+    upper: &Cover,
+    own: &Cover,
+    plain: &Cover,
+    below: &Content,
+) -> Vec<Need> {
+    let needs = commit(shape, upper, own, plain, below);
+    if parts == 0 { needs } else { rewrite_whole(shape, &needs, own, plain, below, parts) }
 }
 
 /// The host ranges of a layer's data, each with the guest range that it is for.

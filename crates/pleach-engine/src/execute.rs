@@ -4,16 +4,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pleach_alloc::{Allocator, Place};
-use pleach_format::{BackingFile, GuestCluster, HostOffset, L2Entry, Mapping};
+use pleach_format::{BackingFile, Geometry, GuestCluster, L2Entry};
 use pleach_image::{
-    Chain, Emptying, Image, ImageError, PieceKind, StatesEditor, Switch, TableEditor, backing_path,
-    clear_unknown_autoclear, publish, release, set_backing,
+    Chain, Emptying, Image, ImageError, Packing, PartChange, Piece, PieceKind, StatesEditor, Switch,
+    TableEditor, backing_path, clear_unknown_autoclear, publish, release, set_backing,
 };
 use pleach_lineage::Reach;
 use pleach_plan::{How, Need, Say, Target};
 use pleach_store::{Access, Disk, FileId, Store};
 use rayon::prelude::*;
 
+use crate::buffer::Buffer;
+use crate::carry::Carried;
 use crate::delete::{
     DeletePlan, Direction, Forecast, Length, Merge, Naming, Prepared, Rebase, StateFill, Work, directories,
     freed_by, still_read,
@@ -21,7 +23,7 @@ use crate::delete::{
 use crate::journal::{Intent, Journal, JournalImage, NewBacking, NewName, directory_of};
 use crate::open::OpenFiles;
 use crate::rebase::Onto;
-use crate::survey::{Survey, Trust};
+use crate::survey::{Survey, SurveyFile, Trust};
 use crate::watch::Watch;
 use crate::workers::Threads;
 use crate::{Error, ErrorKind, Result};
@@ -52,6 +54,8 @@ struct Step {
 struct Staged<'a> {
     merge: &'a Merge,
     steps: Vec<Step>,
+    /// Compressed clusters that are taken over: where the guest has them, and how many bytes they are there.
+    packed: Vec<Step>,
     zeros: Vec<Step>,
     clusters: Option<(Allocator, Switch)>,
     reserve: Vec<std::ops::Range<u64>>,
@@ -126,11 +130,20 @@ fn forecast(survey: &Survey, plan: &DeletePlan, open: &OpenFiles, staged: &[Stag
     let mut lengths = Vec::new();
     for stage in staged {
         lengths.push(Length { file: stage.merge.target, before: stage.old_len, after: stage.new_len() });
-        if stage.steps.is_empty() {
+        if stage.steps.is_empty() && stage.packed.is_empty() {
             continue;
         }
         let files = chain_of(survey, stage.merge)?;
         let chain = open.chain(&files)?;
+        for step in &stage.packed {
+            let pieces = chain.pieces(step.guest, 1);
+            let pieces = pieces.map_err(|e| Error::image(path_of(survey, stage.merge.reader), e))?;
+            if let Some(PieceKind::Compressed { layer }) = pieces.first().map(|piece| piece.kind)
+                && let Some(&file) = files.get(layer)
+            {
+                *reads.entry(file).or_default() += step.len;
+            }
+        }
         for step in &stage.steps {
             let pieces = chain.pieces(step.guest, step.len);
             for piece in pieces.map_err(|e| Error::image(path_of(survey, stage.merge.reader), e))? {
@@ -262,15 +275,30 @@ fn remove(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Outcome
 /// Removes the name of one file, after a last look whether anything reads it. Returns the bytes that it took on disk
 /// when it was found.
 fn unlink(disk: &dyn Disk, survey: &Survey, index: usize) -> Result<u64> {
-    let Some(file) = survey.files.get(index) else { return Ok(0) };
-    if !disk.stat(&file.path).is_ok_and(|stat| stat.id == file.stat.id) {
+    unlink_all(disk, survey, &[index])
+}
+
+/// Removes the names of files, each of which may be read by those before it and by nothing else: so says one last look
+/// before the first of them goes. All are locked. Returns the bytes as [`unlink`] does.
+fn unlink_all(disk: &dyn Disk, survey: &Survey, indexes: &[usize]) -> Result<u64> {
+    let there = |file: &&SurveyFile| disk.stat(&file.path).is_ok_and(|stat| stat.id == file.stat.id);
+    let files: Vec<&SurveyFile> = indexes.iter().filter_map(|&i| survey.files.get(i)).filter(there).collect();
+    if files.is_empty() {
         return Ok(0);
     }
-    nobody_reads(disk, &survey.directories, file.stat.id, &[])?;
-    disk.unlink(&file.path).map_err(|e| Error::io("remove", &file.path, e))?;
-    let dir = directory_of(&file.path);
-    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
-    Ok(freed_by(file))
+    let (look, mut known) = (LastLook::at(disk, &survey.directories)?, Vec::new());
+    for file in &files {
+        look.nobody_reads(file.stat.id, &known)?;
+        known.push(file.stat.id);
+    }
+    let mut freed = 0;
+    for file in files {
+        freed += freed_by(file);
+        disk.unlink(&file.path).map_err(|e| Error::io("remove", &file.path, e))?;
+        let dir = directory_of(&file.path);
+        disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
+    }
+    Ok(freed)
 }
 
 /// Looks again at every image for readers of `file` other than those in `known`.
@@ -283,17 +311,32 @@ pub(crate) fn nobody_reads(
     file: FileId,
     known: &[FileId],
 ) -> Result<()> {
-    let trust = Trust { everything: true, ..Trust::default() };
-    let now = Survey::of_directories(disk, directories, &trust)?;
-    let Some(entry) = now.find_id(file).and_then(|i| now.files.get(i)) else { return Ok(()) };
-    let readers = now.files.iter().map(|f| f.stat.id).chain(now.broken.iter().map(|b| b.id));
-    let others = readers.filter(|id| !known.contains(id) && *id != file);
-    let needed_by: Vec<FileId> = Reach::of(others, &now.reads())
-        .needed_by(&file)
-        .into_iter()
-        .filter(|id| !known.contains(id))
-        .collect();
-    if needed_by.is_empty() { Ok(()) } else { Err(still_read(&now, entry, &needed_by)) }
+    LastLook::at(disk, directories)?.nobody_reads(file, known)
+}
+
+/// What all images of some directories read.
+struct LastLook {
+    now: Survey,
+}
+
+impl LastLook {
+    fn at(disk: &dyn Disk, directories: &[PathBuf]) -> Result<Self> {
+        let trust = Trust { everything: true, ..Trust::default() };
+        Ok(Self { now: Survey::of_directories(disk, directories, &trust)? })
+    }
+
+    fn nobody_reads(&self, file: FileId, known: &[FileId]) -> Result<()> {
+        let now = &self.now;
+        let Some(entry) = now.find_id(file).and_then(|i| now.files.get(i)) else { return Ok(()) };
+        let readers = now.files.iter().map(|f| f.stat.id).chain(now.broken.iter().map(|b| b.id));
+        let others = readers.filter(|id| !known.contains(id) && *id != file);
+        let needed_by: Vec<FileId> = Reach::of(others, &now.reads())
+            .needed_by(&file)
+            .into_iter()
+            .filter(|id| !known.contains(id))
+            .collect();
+        if needed_by.is_empty() { Ok(()) } else { Err(still_read(now, entry, &needed_by)) }
+    }
 }
 
 impl Staged<'_> {
@@ -420,8 +463,8 @@ fn stage_all<'a>(survey: &Survey, plan: &'a DeletePlan, open: &OpenFiles) -> Res
         let path = path_of(survey, merge.target);
         match &merge.work {
             Work::Raw { size, pieces } => stage_raw(merge, *size, pieces, open, path),
-            Work::Clusters { shape, needs } => image_of(open, merge, path).and_then(|image| {
-                stage_clusters(merge, *shape, needs, image).map_err(|e| Error::image(path, e))
+            Work::Clusters { shape, needs, carried } => image_of(open, merge, path).and_then(|image| {
+                stage_clusters(merge, (*shape, needs, carried), image).map_err(|e| Error::image(path, e))
             }),
             Work::States { cluster_bits, fills } => image_of(open, merge, path).and_then(|image| {
                 stage_states(merge, *cluster_bits, fills, image).map_err(|e| Error::image(path, e))
@@ -468,7 +511,8 @@ fn stage_states<'a>(
         steps.iter().map(|s| s.host..s.host + s.len).filter(|r| r.end <= old_len).collect();
     reserve.push(old_len..end.max(old_len));
     let steps = steps.into_iter().flat_map(cut).collect();
-    Ok(Staged { merge, steps, zeros, clusters: Some((allocator, editor.finish())), reserve, old_len })
+    let clusters = Some((allocator, editor.finish()));
+    Ok(Staged { merge, steps, packed: Vec::new(), zeros, clusters, reserve, old_len })
 }
 
 fn stage_raw<'a>(
@@ -481,6 +525,7 @@ fn stage_raw<'a>(
     let mut staged = Staged {
         merge,
         steps: Vec::new(),
+        packed: Vec::new(),
         zeros: Vec::new(),
         clusters: None,
         reserve: Vec::new(),
@@ -507,8 +552,7 @@ fn stage_raw<'a>(
 /// Gives every cluster that is filled a host cluster, and changes the tables in memory.
 fn stage_clusters<'a>(
     merge: &'a Merge,
-    shape: Target,
-    needs: &[Need],
+    (shape, needs, carried): (Target, &[Need], &Carried),
     image: &Image,
 ) -> Result<Staged<'a>, ImageError> {
     let g = image.geometry();
@@ -517,50 +561,82 @@ fn stage_clusters<'a>(
     let mut allocator = Allocator::load(store, Place::of(image.header()))?;
     let mut editor = TableEditor::new(image);
     editor.extend_to(shape.size);
-    let mut steps: Vec<Step> = Vec::new();
-    for need in needs {
-        for cluster in need.clusters.clone().map(GuestCluster) {
-            let guest = g.guest_offset(cluster).0;
-            match need.how {
-                How::Skip => {}
-                How::Zero => editor.set(&mut allocator, cluster, L2Entry::ZERO)?,
-                How::Unmap => editor.set(&mut allocator, cluster, L2Entry::default())?,
-                How::Fill => {
-                    let host = g.host_offset(allocator.allocate()?);
-                    editor.set(&mut allocator, cluster, L2Entry::owned(host))?;
-                    push(&mut steps, Step { guest, len: g.cluster_size(), host: host.0 });
-                }
-                How::Patch => {
-                    let host = own_cluster(image, &mut allocator, editor.mapping(cluster)?)?;
-                    for piece in &need.pieces {
-                        let at = host.0 + (piece.start - guest);
-                        push(&mut steps, Step { guest: piece.start, len: piece.end - piece.start, host: at });
-                    }
-                }
-            }
+    let (mut steps, mut packed, mut packing) = (Vec::new(), Vec::new(), Packing::default());
+    for part in parts(shape, g, needs) {
+        let Part { cluster, change, patched, data } = part;
+        if let Some(&len) = carried.get(&cluster.0) {
+            let at = packing.place(&mut allocator, g, len)?;
+            let entry = L2Entry::compressed(g, at, len).ok_or_else(|| ImageError::Refused {
+                what: format!(
+                    "the file is too long for compressed clusters: {:#x} is out of their reach",
+                    at.0
+                ),
+            })?;
+            editor.set(&mut allocator, cluster, entry)?;
+            packed.push(Step { guest: g.guest_offset(cluster).0, len, host: at.0 });
+            continue;
+        }
+        let patched = patched.then(|| editor.place(&mut allocator, cluster)).transpose()?;
+        let place = match change == PartChange::default() {
+            true => patched,
+            false => editor.change(&mut allocator, cluster, change)?,
+        };
+        let (guest, Some(host)) = (g.guest_offset(cluster).0, place) else { continue };
+        for range in data {
+            let at = host.0 + (range.start - guest);
+            push(&mut steps, Step { guest: range.start, len: range.end - range.start, host: at });
         }
     }
     let size = (shape.size != image.size()).then_some(shape.size);
     let switch = editor.finish(&mut allocator, size)?;
     let end = allocator.end().0 * g.cluster_size();
     // Space behind the end in one go; free clusters before it where the data go.
-    let mut reserve: Vec<_> =
-        steps.iter().map(|s| s.host..s.host + s.len).filter(|r| r.end <= old_len).collect();
+    let places = steps.iter().chain(&packed).map(|s| s.host..s.host + s.len);
+    let mut reserve: Vec<_> = places.filter(|r| r.end <= old_len).collect();
     reserve.push(old_len..end.max(old_len));
     let steps = steps.into_iter().flat_map(cut).collect();
-    Ok(Staged { merge, steps, zeros: Vec::new(), clusters: Some((allocator, switch)), reserve, old_len })
+    let clusters = Some((allocator, switch));
+    Ok(Staged { merge, steps, packed, zeros: Vec::new(), clusters, reserve, old_len })
 }
 
-/// The host cluster of a mapping that may be overwritten where it is: its stored count is 1.
-fn own_cluster(image: &Image, allocator: &mut Allocator, mapping: Mapping) -> Result<HostOffset, ImageError> {
-    let Mapping::Data(host) = mapping else {
-        return Err(ImageError::Changed { what: "a data cluster is gone" });
-    };
-    let cluster = image.geometry().host_cluster(host);
-    match allocator.count(cluster) {
-        1 => Ok(host),
-        stored => Err(ImageError::Refcount { cluster: cluster.0, stored, references: 1 }),
-    }
+/// All that happens to one cluster of a file.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) cluster: GuestCluster,
+    /// What its entry says differently.
+    pub(crate) change: PartChange,
+    /// Whether some of its data are overwritten where they are.
+    patched: bool,
+    /// Guest ranges that are written, in order.
+    data: Vec<std::ops::Range<u64>>,
+}
+
+/// The clusters of the needs of a file whose clusters, or subclusters, are as `shape` says, in order.
+pub(crate) fn parts(shape: Target, g: Geometry, needs: &[Need]) -> impl Iterator<Item = Part> {
+    let bits = g.cluster_bits() - shape.cluster_bits;
+    let mut units =
+        needs.iter().flat_map(|need| need.clusters.clone().map(move |unit| (unit, need))).peekable();
+    std::iter::from_fn(move || {
+        let cluster = units.peek()?.0 >> bits;
+        let (mut change, mut patched, mut data) = (PartChange::default(), false, Vec::new());
+        while let Some((unit, need)) = units.next_if(|(unit, _)| unit >> bits == cluster) {
+            let bit = 1 << (unit - (cluster << bits));
+            match need.how {
+                How::Skip => {}
+                How::Zero => change.zero |= bit,
+                How::Unmap => change.nothing |= bit,
+                How::Fill => {
+                    change.data |= bit;
+                    data.push(unit << shape.cluster_bits..(unit + 1) << shape.cluster_bits);
+                }
+                How::Patch => {
+                    patched = true;
+                    data.extend(need.pieces.iter().cloned());
+                }
+            }
+        }
+        Some(Part { cluster: GuestCluster(cluster), change, patched, data })
+    })
 }
 
 fn push(steps: &mut Vec<Step>, step: Step) {
@@ -572,11 +648,14 @@ fn push(steps: &mut Vec<Step>, step: Step) {
     }
 }
 
-/// A step in pieces that one worker copies at a time.
+/// A step in pieces that one worker copies at a time, cut where the guest's offset is a multiple of their length.
 fn cut(step: Step) -> impl Iterator<Item = Step> {
-    (0..step.len.div_ceil(STEP)).map(move |i| {
-        let done = i * STEP;
-        Step { guest: step.guest + done, len: (step.len - done).min(STEP), host: step.host + done }
+    let (mut at, end) = (step.guest, step.guest + step.len);
+    std::iter::from_fn(move || {
+        let next = (at + 1).next_multiple_of(STEP).min(end);
+        let piece = Step { guest: at, len: next.checked_sub(at)?, host: step.host + (at - step.guest) };
+        at = next;
+        (piece.len > 0).then_some(piece)
     })
 }
 
@@ -618,13 +697,16 @@ fn copy_stage(
 ) -> Result<()> {
     let path = path_of(survey, stage.merge.target);
     let target = &**open.layer(stage.merge.target).store();
-    if !stage.steps.is_empty() {
+    if !stage.steps.is_empty() || !stage.packed.is_empty() {
         let chain = open.chain(&chain_of(survey, stage.merge)?)?;
-        let smallest = match &stage.merge.work {
-            Work::Clusters { shape, .. } => 1 << shape.cluster_bits,
-            Work::States { .. } | Work::Raw { .. } => 0,
+        copy_packed(&chain, target, &stage.packed, watch).map_err(|e| match e {
+            Some(e) => Error::image(path, e),
+            None => stopped(),
+        })?;
+        let align = match &stage.merge.work {
+            Work::Clusters { .. } => open.layer(stage.merge.target).image().and_then(clones_at),
+            Work::States { .. } | Work::Raw { .. } => None,
         };
-        let align = target.clones_at().filter(|&align| align <= smallest);
         outcome.bytes_cloned += copy(&chain, target, align, &stage.steps, watch).map_err(|e| match e {
             Some(e) => Error::image(path, e),
             None => stopped(),
@@ -635,7 +717,7 @@ fn copy_stage(
         target.discard(range).map_err(|e| Error::io("write zeros to", path, e))?;
     }
     let tails = if stage.clusters.is_some() { stage.zeros.as_slice() } else { &[] };
-    outcome.bytes_written += stage.steps.iter().chain(tails).map(|s| s.len).sum::<u64>();
+    outcome.bytes_written += stage.steps.iter().chain(&stage.packed).chain(tails).map(|s| s.len).sum::<u64>();
     Ok(())
 }
 
@@ -681,68 +763,114 @@ fn copy(
     steps: &[Step],
     watch: &Watch,
 ) -> Result<u64, Option<ImageError>> {
+    // A compressed cluster is decompressed as often as it is read from.
+    let clusters = chain.layers().iter().filter_map(|l| l.image()).map(|i| i.geometry().cluster_size());
+    let block = clusters.max().map_or(BLOCK, |largest| largest.max(BLOCK));
     steps
         .par_iter()
-        .map_init(Vec::new, |buf, step| {
+        .map_init(Buffer::default, |buf, step| {
             if watch.should_stop() {
                 return Err(None);
             }
             let cloned = match align {
-                Some(align) => clone_step(chain, target, step, align, buf)?,
+                Some(align) => clone_step(chain, target, step, (align, block), buf)?,
                 None => {
-                    copy_bytes(chain, target, *step, buf)?;
+                    copy_bytes(chain, target, *step, block, buf)?;
                     0
                 }
             };
             watch.advance(step.len);
+            watch.hold_back(step.len - cloned);
             Ok(cloned)
         })
         .try_reduce(|| 0, |a, b| Ok(a + b))
 }
 
-fn copy_bytes(chain: &Chain, target: &dyn Store, step: Step, buf: &mut Vec<u8>) -> Result<(), ImageError> {
-    let len = usize::try_from(step.len).unwrap_or(usize::MAX);
-    if buf.len() < len {
-        buf.resize(len, 0);
-    }
-    let bytes = buf.get_mut(..len).expect("just resized");
-    chain.read_at(step.guest, bytes)?;
-    target.write_at(step.host, bytes).map_err(|source| ImageError::Io { what: "write guest data", source })
+/// Copies compressed clusters as they are. The error is as that of [`copy`].
+fn copy_packed(
+    chain: &Chain,
+    target: &dyn Store,
+    packed: &[Step],
+    watch: &Watch,
+) -> Result<(), Option<ImageError>> {
+    packed.par_iter().try_for_each_init(Vec::new, |buf, step| {
+        if watch.should_stop() {
+            return Err(None);
+        }
+        buf.resize(usize::try_from(step.len).unwrap_or(0), 0);
+        chain.read_packed_bytes(step.guest, buf)?;
+        target
+            .write_at(step.host, buf)
+            .map_err(|source| ImageError::Io { what: "write guest data", source })?;
+        watch.advance(step.len);
+        watch.hold_back(step.len);
+        Ok(())
+    })
 }
 
-/// Copies a step by sharing the extents of plain data where they are aligned, and by copying the rest.
+/// Bytes that are copied in one go, unless a cluster has more: what was read is still in the processor's cache when it is
+/// written.
+const BLOCK: u64 = 256 << 10;
+
+fn copy_bytes(
+    chain: &Chain,
+    target: &dyn Store,
+    step: Step,
+    block: u64,
+    buf: &mut Buffer,
+) -> Result<(), ImageError> {
+    for done in (0..step.len).step_by(usize::try_from(block).unwrap_or(usize::MAX)) {
+        let bytes = buf.fresh(usize::try_from((step.len - done).min(block)).unwrap_or(0));
+        chain.read_at(step.guest + done, bytes)?;
+        target
+            .write_at(step.host + done, bytes)
+            .map_err(|source| ImageError::Io { what: "write guest data", source })?;
+    }
+    Ok(())
+}
+
+/// Copies a step by sharing what is aligned of the extents of plain data, and by copying the rest. Returns how many bytes
+/// were shared.
 fn clone_step(
     chain: &Chain,
     target: &dyn Store,
     step: &Step,
-    align: u64,
-    buf: &mut Vec<u8>,
+    (align, block): (u64, u64),
+    buf: &mut Buffer,
 ) -> Result<u64, ImageError> {
     let mut cloned = 0;
     for piece in chain.pieces(step.guest, step.len)? {
-        let to = step.host + (piece.guest - step.guest);
-        let part = Step { guest: piece.guest, len: piece.len, host: to };
-        if let Some((layer, host)) = shareable(piece.kind, piece.len, to, align)
+        let (mut at, end) = (piece.guest, piece.guest + piece.len);
+        let to = |guest: u64| step.host + (guest - step.guest);
+        if let Some((layer, host, range)) = shareable(&piece, align)
             && let Some(source) = chain.layers().get(layer)
         {
             let io = |source| ImageError::Io { what: "share guest data", source };
-            if target.copy_from(&**source.data_store(), host, to, piece.len).map_err(io)? {
-                cloned += piece.len;
-                continue;
+            let len = range.end - range.start;
+            if target.copy_from(&**source.data_store(), host, to(range.start), len).map_err(io)? {
+                cloned += len;
+                let head = Step { guest: at, len: range.start - at, host: to(at) };
+                copy_bytes(chain, target, head, block, buf)?;
+                at = range.end;
             }
         }
-        copy_bytes(chain, target, part, buf)?;
+        copy_bytes(chain, target, Step { guest: at, len: end - at, host: to(at) }, block, buf)?;
     }
     Ok(cloned)
 }
 
-fn shareable(kind: PieceKind, len: u64, to: u64, align: u64) -> Option<(usize, u64)> {
-    match kind {
-        PieceKind::Data { layer, host } if [host, to, len].iter().all(|v| v.is_multiple_of(align)) => {
-            Some((layer, host))
-        }
-        _ => None,
-    }
+/// The part of a piece that can be shared in blocks of `align` bytes: its layer, where in that layer's file, and its guest
+/// range. What lies in a target is as far into a block as it is for the guest.
+fn shareable(piece: &Piece, align: u64) -> Option<(usize, u64, std::ops::Range<u64>)> {
+    let PieceKind::Data { layer, host } = piece.kind else { return None };
+    let (start, end) = (piece.guest.next_multiple_of(align), (piece.guest + piece.len) & !(align - 1));
+    let from = host + (start - piece.guest);
+    (start < end && from.is_multiple_of(align)).then_some((layer, from, start..end))
+}
+
+/// The blocks in which the file of an image shares space, if they are not larger than its clusters.
+fn clones_at(image: &Image) -> Option<u64> {
+    image.store().clones_at().filter(|&align| align <= image.geometry().cluster_size())
 }
 
 /// How many bytes of a plan the target's file system will share instead of writing.
@@ -750,31 +878,24 @@ fn shareable(kind: PieceKind, len: u64, to: u64, align: u64) -> Option<(usize, u
 /// # Errors
 /// Damage in the tables that are met.
 pub(crate) fn clonable(
-    target: &dyn Store,
+    target: &Image,
     chain: &Chain,
     shape: Target,
     needs: &[Need],
 ) -> Result<u64, ImageError> {
-    let Some(align) = target.clones_at().filter(|&align| align <= 1 << shape.cluster_bits) else {
-        return Ok(0);
-    };
-    let mut sum = 0;
-    let mut add = |range: std::ops::Range<u64>| -> Result<(), ImageError> {
-        for piece in chain.pieces(range.start, range.end - range.start)? {
-            // Targets are whole clusters, or offsets that agree with the guest's within a cluster.
-            if shareable(piece.kind, piece.len, piece.guest, align).is_some() {
-                sum += piece.len;
-            }
+    let Some(align) = clones_at(target) else { return Ok(0) };
+    // What lies next to each other within a cluster is copied as one.
+    let mut ranges: Vec<std::ops::Range<u64>> = Vec::new();
+    for range in parts(shape, target.geometry(), needs).flat_map(|part| part.data) {
+        match ranges.last_mut() {
+            Some(last) if last.end == range.start => last.end = range.end,
+            _ => ranges.push(range),
         }
-        Ok(())
-    };
-    for need in needs {
-        match need.how {
-            How::Fill => {
-                add(need.clusters.start << shape.cluster_bits..need.clusters.end << shape.cluster_bits)?;
-            }
-            How::Patch => need.pieces.iter().cloned().try_for_each(&mut add)?,
-            How::Zero | How::Unmap | How::Skip => {}
+    }
+    let mut sum = 0;
+    for range in ranges {
+        for piece in chain.pieces(range.start, range.end - range.start)? {
+            sum += shareable(&piece, align).map_or(0, |(_, _, range)| range.end - range.start);
         }
     }
     Ok(sum)
@@ -843,7 +964,7 @@ fn rename_all(
         let told = followers.iter().map(|f| f.file);
         [reader].into_iter().chain(told).chain(plan.between.iter().copied()).filter_map(id).collect()
     };
-    let between = || plan.between.iter().map(|&i| unlink(disk, survey, i)).sum::<Result<u64>>();
+    let between = || unlink_all(disk, survey, &plan.between);
     let bytes_freed = match naming {
         Naming::Stay(_) => 0,
         Naming::Unlink => between()? + unlink(disk, survey, victim)?,

@@ -5,6 +5,8 @@ use pleach_image::{Chain, Image, leaked_with};
 use pleach_plan::{Need, Target};
 use pleach_store::Disk;
 
+use crate::carry::{bytes_written, carried};
+use crate::delete::Work;
 use crate::open::OpenFiles;
 use crate::survey::{Survey, SurveyFile};
 use crate::{Error, ErrorKind, Result, Threads};
@@ -72,8 +74,24 @@ impl<'a> Files<'a> {
         shape: Target,
         needs: &[Need],
     ) -> Result<u64> {
-        let store = self.open.layer(target).store();
-        crate::execute::clonable(&**store, chain, shape, needs)
+        crate::execute::clonable(self.image(target)?, chain, shape, needs)
             .map_err(|e| Error::image(&self.file(target).path, e))
+    }
+    /// The work of letting `target` take settled `needs` from `chain`, and the guest bytes that it writes as data.
+    ///
+    /// # Errors
+    /// Damage in the tables or compressed clusters that are met.
+    pub(crate) fn clusters(
+        &self,
+        target: usize,
+        chain: &Chain,
+        shape: Target,
+        needs: Vec<Need>,
+    ) -> Result<(Work, u64)> {
+        let image = self.image(target)?;
+        let carried =
+            carried(image, chain, shape, &needs).map_err(|e| Error::image(&self.file(target).path, e))?;
+        let written = bytes_written(image, shape, &needs, &carried);
+        Ok((Work::Clusters { shape, needs, carried }, written))
     }
 }

@@ -22,6 +22,10 @@ pub fn import(disk: &dyn Disk, path: &Path, below: Vec<Arc<Layer>>, content: &dy
     store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
     let image = Image::open(Arc::clone(&store)).map_err(wrap)?;
     image.check_mergeable().map_err(wrap)?;
+    if image.geometry().extended_l2() {
+        let feature = "importing into an image with extended L2 entries";
+        return Err(wrap(pleach_image::ImageError::Unsupported { feature }));
+    }
     if image.l1().iter().any(|e| e.0 != 0) {
         return Err(Error::new(ErrorKind::Failed, "the image has data of its own already").at(path));
     }

@@ -29,6 +29,7 @@
 #![forbid(unsafe_code)]
 
 mod buffer;
+mod carry;
 pub mod catalog;
 mod compact;
 mod compare;

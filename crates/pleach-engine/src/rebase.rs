@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use pleach_format::BackingFile;
-use pleach_plan::{Cover, Overlay, Summary, Target, clusters, rebase, settle_against};
+use pleach_plan::{Cover, Overlay, Target, clusters, rebase, settle_against};
 use pleach_store::{Disk, Role};
 
 use crate::delete::{
     DeletePlan, Direction, Merge, Naming, Prepared, StateFill, Work, bytes_of, fills_of, refuse_journals,
-    refuse_other_names, role, shape_of,
+    refuse_other_names, refuse_parts, role, shape_of,
 };
 use crate::execute::rehearse;
 use crate::files::Files;
@@ -100,7 +100,13 @@ pub(crate) fn plan_rebase(
             let opened = files.image(image)?;
             opened.check_writable().map_err(|e| Error::image(&file.path, e))?;
             let shape = shape_of(opened, opened.size());
-            filling(image, backing, Work::Clusters { shape, needs: Vec::new() }, 0, 0)
+            filling(
+                image,
+                backing,
+                Work::Clusters { shape, needs: Vec::new(), carried: BTreeMap::new() },
+                0,
+                0,
+            )
         }
         false => fill(files, image, &old, &new, backing)?,
     };
@@ -148,6 +154,7 @@ fn fill(
     let lacking = |shape: Target, own: &Cover| rebase(shape, own, &was, &will);
     let own = Cover::of_runs(opened.size(), files.open.runs(image)?);
     if !files.file(image).snapshots.is_empty() {
+        refuse_parts(path, opened)?;
         let mut covers = vec![own];
         covers.extend(snapshot_covers(path, opened)?);
         let look = |asked: &[Range<u64>]| compare_ranges(path, &from, &to, asked);
@@ -161,9 +168,10 @@ fn fill(
     let ranges: Vec<Range<u64>> = clusters(&needs).map(range).collect();
     let needs = settle_against(&needs, compare_ranges(path, &from, &to, &ranges)?);
     let chain: Vec<usize> = std::iter::once(image).chain(old.iter().copied()).collect();
-    let cloned = files.clonable(image, &files.open.chain(&chain)?, shape, &needs)?;
-    let written = Summary::of(shape, &needs).bytes_written;
-    Ok(filling(image, backing, Work::Clusters { shape, needs }, written, cloned))
+    let chain = files.open.chain(&chain)?;
+    let cloned = files.clonable(image, &chain, shape, &needs)?;
+    let (work, written) = files.clusters(image, &chain, shape, needs)?;
+    Ok(filling(image, backing, work, written, cloned))
 }
 
 fn filling(

@@ -4,14 +4,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
-use pleach_format::RunList;
+use pleach_format::{RunKind, RunList};
 use pleach_image::{Chain, Layer, check};
 use pleach_lineage::NodeId;
-use pleach_plan::{Content, Cover, Need, Summary, Target, candidates, commit, pull, settle};
+use pleach_plan::{Content, Cover, Need, Summary, Target, candidates, pull, settle};
 use pleach_store::{Disk, Role};
 use rayon::prelude::*;
 
-use crate::delete::{bytes_of, can_merge_down, data_extents, freed_by, pulled_fills, shape_of};
+use crate::carry::{bytes_written, carried};
+use crate::delete::{
+    bytes_of, can_merge_down, committed, data_extents, freed_by, parts_of, pulled_fills, shape_of,
+};
 use crate::family::{Family, State};
 use crate::open::open_one;
 use crate::scan::{layer_runs, snapshot_covers, zero_clusters};
@@ -45,6 +48,8 @@ struct Scanned {
     runs: RunList,
     cover: Cover,
     shape: Option<Target>,
+    /// See [`parts_of`].
+    parts: u32,
     no_bitmaps: bool,
     writable: bool,
     cluster: u64,
@@ -131,6 +136,7 @@ fn scan(disk: &dyn Disk, file: &SurveyFile, role: Role) -> Result<Scanned> {
         cover: Cover::of_runs(layer.size(), &runs),
         runs,
         shape: image.map(|i| shape_of(i, i.size())),
+        parts: image.map_or(0, parts_of),
         no_bitmaps: image.is_none_or(|i| i.each_bitmap().is_ok_and(|mut b| b.next().is_none())),
         writable: image.is_none_or(|i| i.check_mergeable().is_ok()),
         cluster,
@@ -270,6 +276,13 @@ fn written(
             over: &over.cover,
             victim: index,
             reader: dependent,
+            packed: survey
+                .chain(dependent)
+                .unwrap_or_default()
+                .iter()
+                .filter_map(|i| scanned.get(i))
+                .flat_map(|s| s.runs.as_slice())
+                .any(|run| matches!(run.kind, RunKind::Compressed(_))),
         };
         if !over.states.is_empty() {
             let covers: Vec<Cover> = std::iter::once(&over.cover).chain(&over.states).cloned().collect();
@@ -278,7 +291,7 @@ fn written(
             sum += bytes_of(shape.cluster_bits, &fills);
             continue;
         }
-        let pulled = pair.cost(shape, &pull(shape, &over.cover, &own.cover, content))?;
+        let pulled = pair.cost(dependent, shape, &pull(shape, &over.cover, &own.cover, content))?;
         let down = own.shape.filter(|_| {
             file.dependents.len() == 1
                 && file.format == FileFormat::Qcow2
@@ -293,8 +306,8 @@ fn written(
             Some(shape) => {
                 let shape = Target { size: over.cover.size(), ..shape };
                 let plain = Cover::of_plain_data(own.cover.size(), &own.runs);
-                let needs = commit(shape, &over.cover, &own.cover, &plain, content);
-                let down = pair.cost(shape, &needs)?;
+                let needs = committed((shape, own.parts), &over.cover, &own.cover, &plain, content);
+                let down = pair.cost(index, shape, &needs)?;
                 if down < pulled && pair.victim_is_clean()? { down } else { pulled }
             }
         };
@@ -310,13 +323,33 @@ struct Pair<'a> {
     over: &'a Cover,
     victim: usize,
     reader: usize,
+    /// Whether any of the files has compressed clusters, which could be taken over as they are.
+    packed: bool,
 }
 
 impl Pair<'_> {
-    fn cost(&self, shape: Target, needs: &[Need]) -> Result<u64> {
+    /// Bytes that `target`, one of the two, would have to take.
+    fn cost(&self, target: usize, shape: Target, needs: &[Need]) -> Result<u64> {
         let asked: Vec<u64> = candidates(needs).collect();
         let zero = self.zero(shape, &asked, true)?;
-        Ok(Summary::of(shape, &settle(needs, zero)).bytes_written)
+        let needs = settle(needs, zero);
+        if !self.packed {
+            return Ok(Summary::of(shape, &needs).bytes_written);
+        }
+        let chain = Chain::new(self.layers(true, usize::MAX)?);
+        let layer = chain.layers().get(usize::from(target == self.victim));
+        let Some(image) = layer.and_then(|l| l.image()) else { return Ok(0) };
+        let path = self.survey.files.get(target).map(|f| f.path.clone()).unwrap_or_default();
+        let carried = carried(image, &chain, shape, &needs).map_err(|e| Error::image(&path, e))?;
+        Ok(bytes_written(image, shape, &needs, &carried))
+    }
+
+    /// The reader, if asked for, and the first files that it stands on, opened.
+    fn layers(&self, with_reader: bool, depth: usize) -> Result<Vec<Arc<Layer>>> {
+        let mut files: Vec<usize> = with_reader.then_some(self.reader).into_iter().collect();
+        files.extend(self.survey.chain(self.victim)?.into_iter().take(depth));
+        let opened = files.iter().filter_map(|&i| self.survey.files.get(i));
+        opened.map(|f| open_one(self.disk, f, Role::Look).map(Arc::new)).collect()
     }
 
     /// Whether nothing at all is wrong with the victim's file, so that it may be merged into.
@@ -342,13 +375,7 @@ impl Pair<'_> {
             gaps.into_iter().any(|gap| self.content.touches(&gap))
         };
         let deep = asked.iter().any(|&c| shows(c));
-        let mut files: Vec<usize> = in_reader.then_some(self.reader).into_iter().collect();
-        files.extend(self.survey.chain(self.victim)?.into_iter().take(if deep { usize::MAX } else { 1 }));
-        let layers = files
-            .iter()
-            .filter_map(|&i| self.survey.files.get(i))
-            .map(|f| open_one(self.disk, f, Role::Look).map(Arc::new))
-            .collect::<Result<Vec<Arc<Layer>>>>()?;
+        let layers = self.layers(in_reader, if deep { usize::MAX } else { 1 })?;
         let path = self.survey.files.get(self.victim).map(|f| f.path.clone()).unwrap_or_default();
         zero_clusters(&path, &Chain::new(layers), shape.cluster_bits, asked)
     }

@@ -812,6 +812,7 @@ fn copied(
         options: new.options(),
         below: new.backing.is_some().then_some(&below),
         compress: None,
+        carry: false,
         bitmaps: None,
     });
     Ok(make(&source.chain, &target)?.written)

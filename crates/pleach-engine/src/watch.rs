@@ -14,6 +14,8 @@ pub struct Watch {
     most: Option<u64>,
     /// Bytes a second, if there is a limit.
     limit: Option<u64>,
+    /// Bytes that count against the limit, since the first of them.
+    written: AtomicU64,
     started: OnceLock<Instant>,
 }
 
@@ -35,7 +37,7 @@ impl Watch {
         self.most
     }
 
-    /// As [`new`](Self::new); work is held back so that no more than `limit` bytes a second are done.
+    /// As [`new`](Self::new); work is held back so that no more than `limit` bytes a second are written.
     pub fn limited(limit: Option<u64>) -> Self {
         Self { limit: limit.filter(|limit| *limit > 0), ..Self::default() }
     }
@@ -45,12 +47,17 @@ impl Watch {
         self.total.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Work is done; returns when more may be.
+    /// Work is done.
     pub fn advance(&self, bytes: u64) {
-        let started = *self.started.get_or_init(Instant::now);
-        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        self.done.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many bytes were written; returns when more may be.
+    pub(crate) fn hold_back(&self, bytes: u64) {
         let Some(limit) = self.limit else { return };
-        let due = started + Duration::from_millis(done.saturating_mul(1000) / limit);
+        let started = *self.started.get_or_init(Instant::now);
+        let written = self.written.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let due = started + Duration::from_millis(written.saturating_mul(1000) / limit);
         while !self.should_stop() {
             let early = due.saturating_duration_since(Instant::now());
             if early.is_zero() {

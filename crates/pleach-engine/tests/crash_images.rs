@@ -85,6 +85,7 @@ fn new_image(options: CreateOptions, compress: bool, bitmaps: bool) -> Target<'s
         options,
         below: None,
         compress: compress.then_some(None),
+        carry: false,
         bitmaps: bitmaps.then_some(BrokenBitmaps::Skip),
     })
 }

@@ -213,7 +213,13 @@ fn copies_get_their_names_last() {
         (0..4u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 24).to_be_bytes()[3]).collect();
     std::fs::write(&input, bytes).unwrap();
     let source = Source::open(&RealDisk, &input, &SourceOptions::default()).unwrap();
-    let plain = NewImage { options: CreateOptions::default(), below: None, compress: None, bitmaps: None };
+    let plain = NewImage {
+        options: CreateOptions::default(),
+        below: None,
+        compress: None,
+        carry: false,
+        bitmaps: None,
+    };
     let targets = [
         ("raw", Target::Raw(Preallocation::Off)),
         ("qcow2", Target::Qcow2(plain.clone())),

@@ -209,6 +209,19 @@ impl Chain {
         image.read_packed(piece.guest, packed, out).map_err(self.in_layer(layer))
     }
 
+    /// Fills `packed` with the compressed bytes of the cluster at `guest`, as many as [`read_packed`](Self::read_packed) said
+    /// that there are. They are not looked at again.
+    ///
+    /// # Errors
+    /// [`ImageError::Changed`] if no compressed cluster is there; damage in the tables that are met; what the system says.
+    pub fn read_packed_bytes(&self, guest: u64, packed: &mut [u8]) -> Result<(), ImageError> {
+        let gone = || ImageError::Changed { what: "a compressed cluster is gone" };
+        let piece = self.pieces(guest, 1)?.first().copied();
+        let Some(PieceKind::Compressed { layer }) = piece.map(|p| p.kind) else { return Err(gone()) };
+        let image = self.layers.get(layer).and_then(|l| l.image()).ok_or_else(gone)?;
+        image.read_packed_bytes(guest, packed).map_err(self.in_layer(layer))
+    }
+
     fn read_from(&self, depth: usize, offset: u64, buf: &mut [u8]) -> Result<(), ImageError> {
         self.read_layer(depth, offset, buf).map_err(self.in_layer(depth))
     }

@@ -239,17 +239,11 @@ impl Image {
     /// Refuses what keeps other images' data from being merged into this one.
     ///
     /// # Errors
-    /// As [`check_writable`](Self::check_writable) and [`check_readable`](Self::check_readable); an external data file;
-    /// extended L2 entries.
+    /// As [`check_writable`](Self::check_writable) and [`check_readable`](Self::check_readable); an external data file.
     pub fn check_mergeable(&self) -> Result<(), ImageError> {
         if self.external_data() {
             return Err(ImageError::Unsupported {
                 feature: "merging into an image with an external data file",
-            });
-        }
-        if self.geometry().extended_l2() {
-            return Err(ImageError::Unsupported {
-                feature: "merging into an image with extended L2 entries",
             });
         }
         self.check_writable()
@@ -521,6 +515,22 @@ impl Image {
         })?;
         packed.truncate(start + len.unwrap_or(0));
         Ok(len)
+    }
+
+    /// Fills `packed` with the first compressed bytes of the cluster at `guest`.
+    pub(crate) fn read_packed_bytes(&self, guest: u64, packed: &mut [u8]) -> Result<(), ImageError> {
+        let mut found = None;
+        self.pieces(guest, 1, &mut |_, _, mapping| {
+            found = Some(mapping);
+            Ok(())
+        })?;
+        match found {
+            Some(Mapping::Compressed(extent)) if extent.bytes >= packed.len() as u64 => self
+                .store
+                .read_at(extent.offset.0, packed)
+                .map_err(ImageError::io("read a compressed cluster")),
+            _ => Err(ImageError::Changed { what: "a compressed cluster is gone" }),
+        }
     }
 
     /// Bytes of a compressed extent that clusters are counted for: all that it claims, unless it claims a whole cluster

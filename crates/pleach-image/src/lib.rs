@@ -25,6 +25,7 @@
 #![forbid(unsafe_code)]
 
 mod bulk;
+mod cell;
 mod census;
 mod chain;
 mod check;
@@ -37,6 +38,7 @@ mod image;
 #[cfg(test)]
 mod medium;
 mod names;
+mod packing;
 mod publish;
 mod records;
 mod recount;
@@ -60,12 +62,13 @@ pub use emptying::Emptying;
 pub use error::ImageError;
 pub use image::{Head, Image, read_head};
 pub use names::{NameError, backing_path, escape};
+pub use packing::Packing;
 pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing, set_bitmaps};
 pub use recount::{copied_fits, fit_copied};
 pub use repair::{RepairMode, RepairPlan, UndoFile, plan_repair, repair, undo};
 pub use states::StatesEditor;
 pub use status::{Status, Stretch};
-pub use tables::TableEditor;
+pub use tables::{PartChange, TableEditor};
 pub use walk::Finding;
 pub use workers::{Alone, Workers};
 pub use write::{Bits, NewSnapshot, WriteOptions, Writer};

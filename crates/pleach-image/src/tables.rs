@@ -4,8 +4,11 @@ use std::borrow::Borrow;
 use std::collections::BTreeMap;
 
 use pleach_alloc::{Allocator, Write};
-use pleach_format::{ExtendedL2Entry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Mapping};
+use pleach_format::{
+    Autoclear, ExtendedL2Entry, GuestCluster, HostCluster, HostOffset, L1Entry, L2Entry, Mapping,
+};
 
+use crate::cell::{Cell, Shape};
 use crate::image::entry_at;
 use crate::publish::NewRoot;
 use crate::{Image, ImageError, Switch};
@@ -18,6 +21,18 @@ struct Edited {
     new: bool,
     /// First and last entry changed.
     changed: Option<(usize, usize)>,
+}
+
+/// What the subclusters of one guest cluster say from now on, by masks that have no bit in common: bit n is subcluster n.
+/// A standard cluster is its own only subcluster.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct PartChange {
+    /// They hold data, which the caller writes.
+    pub data: u32,
+    /// They read as zeros.
+    pub zero: u32,
+    /// They say nothing.
+    pub nothing: u32,
 }
 
 /// Entries of the active state of one image as they will be.
@@ -187,6 +202,84 @@ impl<I: Borrow<Image>> TableEditor<I> {
         let (first, last) = table.changed.unwrap_or((slot, slot));
         table.changed = Some((first.min(slot), last.max(slot)));
         Ok(())
+    }
+
+    /// Where the data of `cluster` are, to be overwritten there: a host cluster that nobody else uses.
+    ///
+    /// # Errors
+    /// A damaged entry or table; [`ImageError::Changed`] if there are none; [`ImageError::Refcount`] if the count says that
+    /// somebody else has the host cluster too.
+    pub fn place(
+        &mut self,
+        allocator: &mut Allocator,
+        cluster: GuestCluster,
+    ) -> Result<HostOffset, ImageError> {
+        let cell = self.cell(cluster)?;
+        let host = cell.host.filter(|_| cell.data != 0);
+        let host = host.ok_or(ImageError::Changed { what: "a data cluster is gone" })?;
+        self.sole_owner(allocator, host).map(|()| host)
+    }
+
+    /// Changes what subclusters of `cluster` say; of a compressed one all are changed that lie on the disk, and the others
+    /// say nothing. Gives the host cluster, in which the data of `change` belong at their place in the guest's cluster: one
+    /// that the cluster has already, where these bytes are not read, or a new one. A host cluster without data is given up.
+    ///
+    /// # Errors
+    /// A damaged entry or table, an image that cannot grow; [`ImageError::Refcount`] if the count of a host cluster with
+    /// data that stay says that somebody else has it too.
+    pub fn change(
+        &mut self,
+        allocator: &mut Allocator,
+        cluster: GuestCluster,
+        change: PartChange,
+    ) -> Result<Option<HostOffset>, ImageError> {
+        let (g, shape) = (self.image().geometry(), self.shape());
+        let old = self.cell(cluster)?;
+        let changed = change.data | change.zero | change.nothing;
+        let (data, zero) = (old.data & !changed | change.data, old.zero & !changed | change.zero);
+        // A raw data file has a place for everything.
+        let keeps = self.image().header().autoclear().has(Autoclear::RAW_DATA_FILE);
+        // Data that are read are never overwritten here.
+        let unread = old.data & change.data == 0;
+        if !unread && (shape.external || data != change.data) {
+            return Err(ImageError::Changed { what: "a cluster that had no data there" });
+        }
+        let host = match old.host {
+            _ if data == 0 && !keeps => None,
+            Some(host) if change.data == 0 || shape.external => Some(host),
+            Some(host) if unread && allocator.count(g.host_cluster(host)) == 1 => Some(host),
+            Some(host) if data != change.data => return self.sole_owner(allocator, host).map(|()| None),
+            _ if shape.external => Some(HostOffset(g.guest_offset(cluster).0)),
+            _ => Some(g.host_offset(allocator.allocate()?)),
+        };
+        let cell = Cell { host, packed: None, data, zero };
+        if cell != old {
+            self.set_entry(allocator, cluster, shape.encode(cell))?;
+        }
+        Ok(host)
+    }
+
+    fn shape(&self) -> Shape {
+        let image = self.image();
+        let (geometry, version) = (image.geometry(), image.header().version());
+        Shape { geometry, version, external: image.external_data() }
+    }
+
+    fn cell(&mut self, cluster: GuestCluster) -> Result<Cell, ImageError> {
+        let (entry, shape) = (self.entry(cluster)?, self.shape());
+        let guest = shape.geometry.guest_offset(cluster).0;
+        shape.decode(entry, guest).map_err(ImageError::format("L2 entry", None))
+    }
+
+    /// # Errors
+    /// [`ImageError::Refcount`] unless the host cluster's count is 1. Guest data in another file are not counted.
+    fn sole_owner(&self, allocator: &mut Allocator, host: HostOffset) -> Result<(), ImageError> {
+        let cluster = self.image().geometry().host_cluster(host);
+        match allocator.count(cluster) {
+            1 => Ok(()),
+            _ if self.image().external_data() => Ok(()),
+            stored => Err(ImageError::Refcount { cluster: cluster.0, stored, references: 1 }),
+        }
     }
 
     fn index(&self, cluster: GuestCluster) -> (usize, usize) {

@@ -32,6 +32,6 @@ mod overlay;
 mod settle;
 
 pub use cover::{Content, Cover, Say};
-pub use merge::{How, Need, Target, commit, pull, rebase};
+pub use merge::{How, Need, Target, commit, pull, rebase, rewrite_whole};
 pub use overlay::{Overlay, Owner, Part, changed};
 pub use settle::{Found, Summary, candidates, clusters, settle, settle_against};

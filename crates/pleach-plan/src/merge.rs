@@ -13,7 +13,8 @@ use crate::{Content, Cover, Overlay, Say};
 /// The file that receives.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// log2 of its cluster size.
+    /// log2 of the bytes that change as one: its cluster size, or the size of its subclusters. What is called a cluster here
+    /// is a subcluster then.
     pub cluster_bits: u32,
     /// Its virtual size when all is done.
     pub size: u64,
@@ -193,6 +194,50 @@ pub fn commit(target: Target, upper: &Cover, own: &Cover, plain: &Cover, below: 
         }
     }
     needs.needs
+}
+
+/// The needs of [`commit`] into a target with subclusters, `1 << parts` of which are a cluster: a cluster with data that cannot
+/// be overwritten (it is compressed) is written anew, all of it, where anything of it changes.
+///
+/// The other parameters are those of [`commit`]. Pure: equal inputs give equal needs.
+pub fn rewrite_whole(
+    target: Target,
+    needs: &[Need],
+    own: &Cover,
+    plain: &Cover,
+    below: &Content,
+    parts: u32,
+) -> Vec<Need> {
+    let mut out = Needs::default();
+    let mut rest = needs.iter().flat_map(|need| {
+        need.clusters.clone().map(move |part| Need { clusters: part..part + 1, ..need.clone() })
+    });
+    let mut next = rest.next();
+    while let Some(need) = next.take() {
+        let first = need.clusters.start >> parts << parts;
+        let cluster = target.bytes(first).start..target.bytes(first + (1 << parts)).start;
+        let packed = |(range, say): (Range<u64>, Say)| say == Say::Data && !plain.touches(&range);
+        if !own.within(cluster).any(packed) {
+            out.push(need);
+            next = rest.next();
+            continue;
+        }
+        next = Some(need);
+        for part in first..first + (1 << parts) {
+            let bytes = target.bytes(part);
+            let need = match next.take_if(|need| need.clusters.start == part) {
+                Some(known) => {
+                    next = rest.next();
+                    known
+                }
+                None if bytes.start >= target.size => self::need(How::Unmap, How::Unmap),
+                None if below.touches(&bytes) => self::need(How::Fill, How::Zero),
+                None => self::need(How::Fill, How::Unmap),
+            };
+            out.push(Need { clusters: part..part + 1, ..need });
+        }
+    }
+    out.needs
 }
 
 /// `upper`, and zeros wherever it says nothing behind `end`: there the old backing file ended.

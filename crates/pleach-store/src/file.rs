@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, PosixFadviseAdvice, copy_file_range, fallocate, posix_fadvise};
@@ -19,7 +19,9 @@ use crate::{LockError, Role, Store, Window, lock};
 #[derive(Debug)]
 pub struct FileStore {
     file: File,
-    /// The stretch of data that was found last: looking for the end of a long one takes time, on some file systems.
+    /// The stretch of data that was found last: looking for the end of a long one takes time, on some file systems. Writing
+    /// makes no data a hole; what does, through this store, forgets the stretch. So it may name too much, if somebody else
+    /// punches holes, but never a hole that holds data: holes are always looked for.
     data: Mutex<Range<u64>>,
 }
 
@@ -31,8 +33,7 @@ impl FileStore {
 
     /// The first stretch of data at or behind `at`, cut off before it; `None` behind the last one.
     fn data_from(&self, at: u64) -> io::Result<Option<Range<u64>>> {
-        let known = || self.data.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = known().clone();
+        let last = self.known_data().clone();
         if last.contains(&at) {
             return Ok(Some(at..last.end));
         }
@@ -41,8 +42,12 @@ impl FileStore {
             Some(hole) => hole,
             None => self.len()?,
         };
-        *known() = data..hole;
+        *self.known_data() = data..hole;
         Ok(Some(data.max(at)..hole))
+    }
+
+    fn known_data(&self) -> MutexGuard<'_, Range<u64>> {
+        self.data.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_zeros(&self, range: Range<u64>) -> io::Result<()> {
@@ -96,7 +101,9 @@ impl Store for FileStore {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
+        self.file.set_len(len)?;
+        *self.known_data() = 0..0;
+        Ok(())
     }
 
     fn reserve(&self, range: Range<u64>) -> io::Result<()> {
@@ -119,7 +126,10 @@ impl Store for FileStore {
         }
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         match fallocate(self.file.as_fd(), flags, offset(range.start)?, offset(end - range.start)?) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                *self.known_data() = 0..0;
+                Ok(())
+            }
             Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => self.write_zeros(range.start..end),
             Err(other) => Err(other.into()),
         }
@@ -223,6 +233,49 @@ mod tests {
         assert_eq!(store.data_ranges(2 << 20..3 << 20).unwrap(), []);
         assert!(store.next_data(0).unwrap().is_some_and(|at| at <= 256 << 10));
         assert_eq!(store.next_data(2 << 20).unwrap(), None);
+    }
+
+    /// Whatever changes a file through its store, the next look at its data is right: the same as that of a store that has
+    /// seen nothing yet.
+    #[test]
+    fn data_that_were_found_are_not_remembered_for_longer_than_they_are_there() {
+        const BLOCK: u64 = 64 << 10;
+        const BLOCKS: u64 = 32;
+        let mut state = 3u64;
+        let mut random = |n: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) % n
+        };
+        let (dir, bytes) = (tempfile::tempdir().unwrap(), vec![1; usize::try_from(BLOCK).unwrap()]);
+        let path = dir.path().join("file");
+        let store = FileStore::new(File::create_new(&path).unwrap());
+        let source = FileStore::new(tempfile::tempfile().unwrap());
+        source.write_at(0, &bytes).unwrap();
+        for step in 0..2000 {
+            let (at, n) = (random(BLOCKS) * BLOCK, 1 + random(4));
+            let what = random(6);
+            match what {
+                0 => (0..n).for_each(|i| store.write_at(at + i * BLOCK, &bytes).unwrap()),
+                1 => store.discard(at..at + n * BLOCK).unwrap(),
+                2 if random(4) == 0 => store.set_len(at).unwrap(),
+                2 => store.set_len(store.len().unwrap().max(at)).unwrap(),
+                3 => drop(store.copy_from(&source, 0, at, BLOCK).unwrap()),
+                _ => {}
+            }
+            let range = random(BLOCKS) * BLOCK..BLOCKS * BLOCK;
+            let fresh = FileStore::new(File::open(&path).unwrap());
+            let joined = |store: &FileStore| {
+                let mut out: Vec<Range<u64>> = Vec::new();
+                for part in store.data_ranges(range.clone()).unwrap() {
+                    match out.last_mut() {
+                        Some(last) if last.end == part.start => last.end = part.end,
+                        _ => out.push(part),
+                    }
+                }
+                out
+            };
+            assert_eq!(joined(&store), joined(&fresh), "step {step}: {what} at {at}, {n} blocks");
+        }
     }
 
     #[test]

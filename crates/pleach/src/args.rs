@@ -322,6 +322,9 @@ pub(crate) struct ConvertArgs {
     /// Fail, and leave nothing, rather than put out more than this: a small image can claim any amount of data
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) max_output: Option<u64>,
+    /// Write no more than this many bytes a second, such as 50M
+    #[arg(long, value_name = "RATE", value_parser = size)]
+    pub(crate) bandwidth: Option<u64>,
     /// Copy the source's persistent bitmaps too
     #[arg(long)]
     pub(crate) bitmaps: bool,
@@ -686,7 +689,7 @@ pub(crate) struct ProgressArgs {
 /// How fast data are copied, and how that is shown.
 #[derive(Debug, Args)]
 pub(crate) struct PaceArgs {
-    /// Copy no more than this many bytes a second, such as 50M
+    /// Write no more than this many bytes a second, such as 50M
     #[arg(long, value_name = "RATE", value_parser = size)]
     pub(crate) bandwidth: Option<u64>,
     /// Threads that copy; one a processor if left out

@@ -21,7 +21,7 @@ use crate::progress::Progress;
 use crate::{create, output, size, source};
 
 pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
-    let (made, to) = copy(args, false)?;
+    let (made, to) = copy(args, Flatten::No)?;
     if args.copy.json {
         output::document(&json!({
             "schema": 1,
@@ -34,8 +34,18 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Whether a copy is that of an image that is to stand alone, which stays as it is otherwise.
+#[derive(Copy, Clone, PartialEq, Eq)]
+enum Flatten {
+    No,
+    Yes,
+    /// Only what it would be.
+    Foretell,
+}
+
 /// Makes the copy, or only finds out what it would be; and its format.
-fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
+fn copy(args: &ConvertArgs, flatten: Flatten) -> Result<(Converted, FileFormat)> {
+    let dry_run = flatten == Flatten::Foretell;
     start_jobs(args.copy.jobs.or_else(copy_threads))?;
     if args.bitmaps && dry_run {
         let text = "foretelling a copy with its bitmaps is not supported";
@@ -52,6 +62,9 @@ fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
         args.copy.backing.as_deref().map(|name| open_backing(&args.copy, &args.out, name)).transpose()?;
     let compress = args.compress.then_some(args.level);
     let mut target = target(&args.copy, to, &args.out, compress, backing.as_ref())?;
+    if let Target::Qcow2(new) = &mut target {
+        new.carry = flatten != Flatten::No;
+    }
     match &mut target {
         Target::Qcow2(new) if args.bitmaps => {
             let skip = args.skip_broken_bitmaps;
@@ -65,7 +78,7 @@ fn copy(args: &ConvertArgs, dry_run: bool) -> Result<(Converted, FileFormat)> {
     if let Target::Qcow2(NewImage { options: CreateOptions { data_file: Some(data), .. }, .. }) = &target {
         create::look_at_data_file(data, &args.out)?;
     }
-    let watch = Arc::new(Watch::new().with_most_output(args.max_output));
+    let watch = Arc::new(Watch::limited(args.bandwidth).with_most_output(args.max_output));
     let progress = Progress::start(args.progress.show, &watch);
     let made = match dry_run {
         true => rehearse(&source.chain, &args.out, &target, &watch),
@@ -80,7 +93,7 @@ pub(crate) fn flatten(args: &FlattenArgs) -> Result<ExitCode> {
     if convert.copy.backing.is_some() {
         return Err(usage("a copy that stands alone has no backing file; convert makes others".to_owned()));
     }
-    let (made, to) = copy(convert, args.dry_run)?;
+    let (made, to) = copy(convert, if args.dry_run { Flatten::Foretell } else { Flatten::Yes })?;
     if !convert.copy.json {
         let what = if args.dry_run { "would be written" } else { "written" };
         let (written, length) =
@@ -211,5 +224,11 @@ fn target<'a>(
         return Ok(Target::Raw(preallocation));
     }
     options.backing = below.map(|b| b.named.clone());
-    Ok(Target::Qcow2(NewImage { options, below: below.map(|b| &b.source.chain), compress, bitmaps: None }))
+    Ok(Target::Qcow2(NewImage {
+        options,
+        below: below.map(|b| &b.source.chain),
+        compress,
+        carry: false,
+        bitmaps: None,
+    }))
 }

@@ -64,13 +64,25 @@ impl Drop for Progress {
 
 fn follow(show: Show, watch: &Watch, done: &AtomicBool) {
     let started = Instant::now();
+    let line = || {
+        let (bytes, total) = watch.progress();
+        let eta = eta(started.elapsed(), bytes, total);
+        eprintln!(
+            "{}",
+            serde_json::json!({ "progress": { "bytes": bytes, "total": total, "eta_seconds": eta } })
+        );
+    };
     let mut bar: Option<ProgressBar> = None;
     while !done.load(Ordering::Relaxed) {
         std::thread::sleep(Duration::from_millis(50));
         let (now, total) = watch.progress();
         if show == Show::Json {
-            eprintln!("{}", serde_json::json!({ "progress": { "bytes": now, "total": total } }));
-            std::thread::sleep(Duration::from_millis(200));
+            line();
+            for _ in 0..4 {
+                if !done.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            }
         } else if started.elapsed() > Duration::from_millis(500) && total > 0 {
             let bar = bar.get_or_insert_with(|| {
                 let style =
@@ -81,7 +93,33 @@ fn follow(show: Show, watch: &Watch, done: &AtomicBool) {
             bar.set_position(now);
         }
     }
+    if show == Show::Json {
+        // Where it has come to in the end, whether or not it was stopped.
+        line();
+    }
     if let Some(bar) = bar {
         bar.finish_and_clear();
+    }
+}
+
+/// Seconds that are left if it goes on as it went; `None` before anything was done.
+fn eta(elapsed: Duration, done: u64, total: u64) -> Option<u64> {
+    let left = u128::from(total.saturating_sub(done));
+    let millis = elapsed.as_millis().saturating_mul(left).checked_div(u128::from(done))?;
+    u64::try_from(millis.div_ceil(1000)).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_takes_as_long_as_what_was_done() {
+        let seconds = Duration::from_secs;
+        assert_eq!(eta(seconds(3), 0, 100), None);
+        assert_eq!(eta(seconds(3), 25, 100), Some(9));
+        assert_eq!(eta(seconds(3), 100, 100), Some(0));
+        assert_eq!(eta(seconds(3), 101, 100), Some(0));
+        assert_eq!(eta(Duration::from_millis(1), 1, 2), Some(1));
     }
 }

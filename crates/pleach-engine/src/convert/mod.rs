@@ -50,6 +50,8 @@ pub struct NewImage<'a> {
     pub below: Option<&'a Chain>,
     /// Compress clusters, at this level if one is said.
     pub compress: Option<Option<u32>>,
+    /// Take clusters over as they are that are compressed as this image compresses, even if others are not compressed.
+    pub carry: bool,
     /// Copy the persistent bitmaps of the source's top image.
     pub bitmaps: Option<BrokenBitmaps>,
 }
@@ -164,6 +166,7 @@ fn to_raw(
             let written = batch.write(Some(store))?;
             back.wrote(batch.end());
             space::most(put_out.fetch_add(written, Ordering::Relaxed) + written, watch)?;
+            watch.hold_back(written);
             Ok(written)
         },
     )?;
@@ -230,6 +233,7 @@ fn to_qcow2(
         |batch| {
             let written = batch.write(Some(data_store))?;
             back.wrote(batch.end());
+            watch.hold_back(written);
             Ok(written)
         },
     )?;
@@ -324,8 +328,10 @@ impl<'a> NewImage<'a> {
     }
 
     fn look<'b>(&'b self, source: &'b Chain, bulk: &Bulk) -> Look<'b> {
-        // Who asks for a level wants it everywhere.
-        let carry = (self.compress == Some(None)).then_some(self.options.compression);
+        // Who asks for a level wants it everywhere; in a data file, and where all has a place, nothing is compressed.
+        let plain = self.options.data_file.is_some() || self.options.preallocation != Preallocation::Off;
+        let carry = self.compress.map_or(self.carry && !plain, |level| level.is_none());
+        let carry = carry.then_some(self.options.compression);
         let (geometry, version) = (bulk.geometry(), self.options.version);
         Look { source, below: self.below, geometry, version, carry }
     }

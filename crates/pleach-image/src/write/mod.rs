@@ -1,7 +1,6 @@
 //! An image opened for reading and writing: guest bytes in and out, resizing, bitmaps.
 
 mod bitmaps;
-mod cell;
 mod ops;
 mod resize;
 mod snapshots;
@@ -15,10 +14,11 @@ use pleach_store::Store;
 
 pub use self::bitmaps::Bits;
 use self::bitmaps::LiveBitmaps;
-use self::cell::{Cell, Shape};
 pub use self::snapshots::NewSnapshot;
+use crate::cell::{Cell, Shape};
 use crate::codec::Compressor;
 use crate::image::Table;
+use crate::packing::Packing;
 use crate::recount::{Effect, change_counts};
 use crate::{
     Alone, Chain, Image, ImageError, RepairMode, TableEditor, Workers, clear_unknown_autoclear, leaked_with,
@@ -69,7 +69,7 @@ struct State {
     editor: TableEditor<Arc<Image>>,
     allocator: Allocator,
     /// Where the next compressed cluster may start.
-    packing: Option<HostOffset>,
+    packing: Packing,
     /// Entries changed since the last publication.
     changed: bool,
     /// Autoclear bits are cleared and bitmaps marked: the image may change.
@@ -115,7 +115,7 @@ impl Writer {
             level: options.level,
             workers,
             compressor: None,
-            packing: None,
+            packing: Packing::default(),
             changed: false,
             begun: false,
             bitmaps: LiveBitmaps::default(),
@@ -386,7 +386,7 @@ impl State {
         release(&*self.store, &mut self.allocator, drops)?;
         if !drops.is_empty() {
             // The cluster that is being filled with compressed data may be among them.
-            self.packing = None;
+            self.packing = Packing::default();
         }
         let freed = self.allocator.reuse();
         for run in freed.chunk_by(|a, b| a.0 + 1 == b.0) {
@@ -421,7 +421,7 @@ impl State {
         if let Some(first) = freed.first() {
             let from = self.allocator.cursor().0.min(first.start);
             self.allocator.search_from(HostCluster(from));
-            self.packing = None;
+            self.packing = Packing::default();
         }
         freed.into_iter().try_for_each(|clusters| self.punch(clusters))
     }

@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 use pleach_format::{ExtendedL2Entry, GuestCluster, GuestOffset, HostOffset, L2Entry, Version};
 
 use super::State;
-use super::cell::Cell;
 use crate::ImageError;
+use crate::cell::Cell;
 use crate::codec::Compressor;
 
 impl State {
@@ -351,7 +351,7 @@ impl State {
         let compressor = self.compressor.insert(compressor);
         let packed = compressor.get_mut().unwrap_or_else(PoisonError::into_inner).compress(&whole);
         let Some(packed) = packed else { return self.write(offset, bytes) };
-        let at = self.pack(packed.len() as u64)?;
+        let at = self.packing.place(&mut self.allocator, g, packed.len() as u64)?;
         let entry = L2Entry::compressed(g, at, packed.len() as u64).ok_or(ImageError::Refused {
             what: format!("the file is too long for compressed clusters: {:#x} is out of their reach", at.0),
         })?;
@@ -359,31 +359,5 @@ impl State {
         self.changed = true;
         let entry = ExtendedL2Entry { descriptor: entry, subclusters: 0 };
         self.editor.set_entry(&mut self.allocator, cluster, entry)
-    }
-
-    /// Room for `len` compressed bytes: behind the last ones if their cluster can be shared, else in a new cluster.
-    fn pack(&mut self, len: u64) -> Result<HostOffset, ImageError> {
-        let g = self.shape.geometry;
-        let open = self.packing.take().filter(|at| self.allocator.can_raise(g.host_cluster(*at)));
-        let room = open.map_or(0, |at| g.cluster_size() - at.0 % g.cluster_size());
-        let at = match open {
-            Some(at) if len <= room => {
-                self.allocator.raise(g.host_cluster(at))?;
-                at
-            }
-            _ => {
-                let fresh = self.allocator.allocate()?;
-                match open {
-                    Some(at) if g.host_cluster(at).0 + 1 == fresh.0 => {
-                        self.allocator.raise(g.host_cluster(at))?;
-                        at
-                    }
-                    _ => g.host_offset(fresh),
-                }
-            }
-        };
-        let end = at.0 + len;
-        self.packing = (!g.is_aligned(end)).then_some(HostOffset(end));
-        Ok(at)
     }
 }

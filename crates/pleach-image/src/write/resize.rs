@@ -3,8 +3,8 @@
 use pleach_alloc::{Allocator, Place, RefcountTable};
 use pleach_format::{FormatError, GuestCluster, GuestOffset, HostOffset, Version};
 
-use super::cell::Cell;
 use super::{State, Writer};
+use crate::cell::Cell;
 use crate::recount::{drop_blocks, needed_blocks, references};
 use crate::{ImageError, clear_unknown_autoclear};
 

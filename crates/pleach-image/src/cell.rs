@@ -6,35 +6,35 @@ use pleach_format::{
 
 /// What decides how entries are read and written.
 #[derive(Copy, Clone, Debug)]
-pub(super) struct Shape {
-    pub(super) geometry: Geometry,
-    pub(super) version: Version,
+pub(crate) struct Shape {
+    pub(crate) geometry: Geometry,
+    pub(crate) version: Version,
     /// Guest data are in another file, at their guest offsets.
-    pub(super) external: bool,
+    pub(crate) external: bool,
 }
 
 /// A guest cluster: where its data are, and which of its subclusters are data or zeros. A standard cluster has one
 /// subcluster, so both masks are 0 or 1.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct Cell {
+pub(crate) struct Cell {
     /// The host cluster for plain data, whether or not any subcluster has data.
-    pub(super) host: Option<HostOffset>,
+    pub(crate) host: Option<HostOffset>,
     /// Compressed data: then there is no host cluster, and the masks are 0.
-    pub(super) packed: Option<CompressedExtent>,
+    pub(crate) packed: Option<CompressedExtent>,
     /// Subclusters that hold data in the host cluster.
-    pub(super) data: u32,
+    pub(crate) data: u32,
     /// Subclusters that read as zeros.
-    pub(super) zero: u32,
+    pub(crate) zero: u32,
 }
 
 impl Shape {
     /// The mask of all subclusters.
-    pub(super) fn all(self) -> u32 {
+    pub(crate) fn all(self) -> u32 {
         if self.geometry.extended_l2() { u32::MAX } else { 1 }
     }
 
     /// The subclusters that `len` bytes from byte `from` of a cluster touch. `len` is not 0.
-    pub(super) fn touched(self, from: u64, len: u64) -> u32 {
+    pub(crate) fn touched(self, from: u64, len: u64) -> u32 {
         let size = self.geometry.subcluster_size();
         (from / size..=(from + len - 1) / size).fold(0, |mask, i| mask | 1 << i)
     }
@@ -43,7 +43,7 @@ impl Shape {
     ///
     /// # Errors
     /// An entry that breaks the format.
-    pub(super) fn decode(self, entry: ExtendedL2Entry, guest: u64) -> Result<Cell, FormatError> {
+    pub(crate) fn decode(self, entry: ExtendedL2Entry, guest: u64) -> Result<Cell, FormatError> {
         let mapping = entry.descriptor.decode(self.geometry, self.version)?;
         // In a data file, offset 0 is a place; the COPIED flag tells it from nothing.
         let here = self.external && entry.descriptor.copied();
@@ -85,7 +85,7 @@ impl Shape {
     }
 
     /// The entry of a cluster whose host cluster, if it has one, is its own. Not for compressed clusters.
-    pub(super) fn encode(self, cell: Cell) -> ExtendedL2Entry {
+    pub(crate) fn encode(self, cell: Cell) -> ExtendedL2Entry {
         let mut descriptor = cell.host.map_or(L2Entry::default(), L2Entry::owned);
         if self.geometry.extended_l2() {
             let subclusters = u64::from(cell.data) | u64::from(cell.zero) << 32;
@@ -100,12 +100,12 @@ impl Shape {
 
 impl Cell {
     /// Nothing is said here: what lies below is read.
-    pub(super) fn is_empty(self) -> bool {
+    pub(crate) fn is_empty(self) -> bool {
         self == Self::default()
     }
 
     /// Everything reads as zeros, without a host cluster.
-    pub(super) fn zeros(shape: Shape) -> Self {
+    pub(crate) fn zeros(shape: Shape) -> Self {
         Self { zero: shape.all(), ..Self::default() }
     }
 }
