@@ -201,6 +201,14 @@ impl NewFile {
         Self { path, backing: backing.map(|(name, _)| hex(&name)), format, size, cluster_bits }
     }
 
+    /// Whether `image` could be the one that was made.
+    fn is_like(&self, image: &Image) -> bool {
+        let (options, header) = (self.options(), image.header());
+        image.size() == options.size.next_multiple_of(512)
+            && image.geometry().cluster_bits() == options.cluster_bits
+            && header.backing() == options.backing.as_ref()
+    }
+
     fn options(&self) -> CreateOptions {
         let format = match self.format {
             FileFormatName::Qcow2 => FileFormat::Qcow2,
@@ -580,6 +588,9 @@ impl OpenSteps<'_> {
         store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
         let id = store.stat().map_err(|e| Error::io("look at the image", path, e))?.id;
         let image = Image::open(store).map_err(|e| Error::image(path, e))?;
+        if !new.is_like(&image) {
+            return Err(Error::new(ErrorKind::Refused, "is not the image that the operation made").at(path));
+        }
         let written = matches!(step, Step::Overlay { .. }) && image.l1().iter().any(|e| e.0 != 0);
         if written || !image.snapshots().map_err(|e| Error::image(path, e))?.is_empty() {
             return Err(Error::new(ErrorKind::Refused, "the new image has been written to meanwhile")

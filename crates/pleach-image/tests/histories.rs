@@ -213,6 +213,16 @@ impl<'a> Past<'a> {
         let len = std::fs::metadata(self.path()).unwrap().len();
         assert_eq!(len, said.after, "{}", self.what);
         assert!(len <= said.before, "{}: {said:?}", self.what);
+        let image = Image::open(self.store()).unwrap();
+        let again = plan_compact(&image, options, &Alone).unwrap_or_else(|e| self.fail(&e));
+        let done = (again.after, again.leaked, again.flags, again.zeroed, again.moved);
+        assert_eq!(done, (len, 0, false, 0, 0), "{}: something was left to do", self.what);
+        if self.snapshots.is_empty() {
+            // A copy has all of its tables; this one may lack some.
+            let options = self.options.replace(",preallocation=metadata", "");
+            let required = oracle::required(&self.path(), &options);
+            assert!(len <= required, "{}: {len} bytes, a copy has {required}", self.what);
+        }
     }
 
     fn judge(&self) {

@@ -215,6 +215,17 @@ pub fn try_info(path: &Path) -> Result<Value, String> {
     serde_json::from_slice(&json.stdout).map_err(|error| format!("qemu-img info {}: {error}", path.display()))
 }
 
+/// How many bytes `qemu-img measure` says a qcow2 copy of the image at `path`, made with `options`, has at most.
+///
+/// # Panics
+/// If it fails.
+#[must_use]
+pub fn required(path: &Path, options: &str) -> u64 {
+    let command = ["measure", "--output=json", "-f", "qcow2", "-O", "qcow2", "-o", options, text(path)];
+    let said: Value = serde_json::from_str(&qemu_img(&command)).expect("measure prints JSON");
+    said.get("required").and_then(Value::as_u64).expect("measure says how many bytes")
+}
+
 /// Applies `work` to every item on both cores; results in the order of the items.
 ///
 /// # Panics

@@ -103,6 +103,24 @@ fn a_run_becomes_one_image() {
 }
 
 #[test]
+fn a_run_is_squashed() {
+    let command = vec!["squash", ".", "N", "D"];
+    let after = Box::new(|forest: &Forest| forest.merged("D", "N", true));
+    let scenario = Scenario { name: "squash", build: narrow, command, goes: vec!["N"], moves: None, after };
+    kill_often(&scenario, few());
+}
+
+/// A node goes with all that stands on it.
+#[test]
+fn a_branch_is_deleted() {
+    let command = vec!["delete", ".", "D", "--children"];
+    let after = Box::new(|forest: &Forest| forest.after("D", &Removal::Subtree));
+    let goes = vec!["D", "E1", "E2"];
+    let scenario = Scenario { name: "children", build: narrow, command, goes, moves: None, after };
+    kill_often(&scenario, few());
+}
+
+#[test]
 fn an_image_gets_another_backing_file() {
     for (onto, parent) in [("none", None), ("E1.qcow2", Some("E1"))] {
         let command = vec!["rebase", "E2.qcow2", "--onto", onto];
@@ -114,7 +132,7 @@ fn an_image_gets_another_backing_file() {
 
 /// How often a scenario is killed that is one of many.
 fn few() -> u32 {
-    if long_mode() { 60 } else { 6 }
+    if long_mode() { 200 } else { 6 }
 }
 
 /// P <- N <- D1..D4, each with a child of its own.
@@ -251,7 +269,7 @@ impl Case<'_> {
     fn uninterrupted(&self) -> Duration {
         let mut times = [(); 3].map(|()| {
             let dir = self.copy();
-            let outcome = Tool::new(PLEACH).succeed(&self.command(&dir));
+            let outcome = Tool::fastest(PLEACH).0.succeed(&self.command(&dir));
             assert_eq!(self.after.problems(&dir), Vec::<String>::new(), "without a kill: {outcome}");
             assert_eq!(unfinished(&dir), Vec::<String>::new(), "without a kill: {outcome}");
             outcome.elapsed
@@ -262,7 +280,7 @@ impl Case<'_> {
 
     /// One kill, perhaps one of the `resume` that follows, and perhaps `undo` before that; what was seen, in words.
     fn kill_once(&self, delay: Duration, again: Option<Duration>, undo: bool, label: &str) -> String {
-        let pleach = Tool::new(PLEACH);
+        let pleach = Tool::fastest(PLEACH).0;
         let dir = self.copy();
         let killed = pleach.spawn(&self.command(&dir)).kill_after(delay);
         assert!(matches!(killed.code, None | Some(0)), "{label}: {killed}");
@@ -340,7 +358,7 @@ impl Case<'_> {
 
     fn second_resume_changes_nothing(&self, dir: &Path, label: &str) {
         let files = contents(dir);
-        let resumed = Tool::new(PLEACH).succeed(&["resume", text(dir)]);
+        let resumed = Tool::fastest(PLEACH).0.succeed(&["resume", text(dir)]);
         assert_eq!(
             changes(&files, &contents(dir)),
             Vec::<String>::new(),
