@@ -31,6 +31,7 @@ use pleach_image::escape;
 use pleach_lineage::{Kind, Record, RecordError, Storage, record};
 use pleach_store::{Access, Disk, FileId};
 
+use crate::family::shown;
 use crate::journal::{DIRECTORY, directory_of, encoded};
 use crate::{Error, ErrorKind, Result, signpost};
 
@@ -205,6 +206,11 @@ impl Catalog {
     /// The path that a file name of the record means.
     pub fn path_of(&self, name: &str) -> PathBuf {
         self.base.join(encoded::path(name))
+    }
+
+    /// The file name of the record as people see it: relative to the directory of the images where it lies under it.
+    pub fn shown(&self, name: &str) -> String {
+        shown(&self.path_of(name), &self.base)
     }
 
     /// How the record names the file at `path`.

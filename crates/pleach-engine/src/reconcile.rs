@@ -1,6 +1,6 @@
 //! A catalog held against its images: what they say is believed, what only it knows is kept.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 
 use pleach_image::escape;
@@ -19,6 +19,8 @@ pub(crate) struct Reconciled {
     pub(crate) differences: Vec<String>,
     /// What the record names and is not there.
     pub(crate) missing: Vec<Missing>,
+    /// The snapshots of the files that the record names, as far as they were looked at.
+    pub(crate) inside: HashMap<usize, Inside>,
 }
 
 /// Lets the record of `catalog` say what the images say: ids and names of internal snapshots, snapshots and overlays that
@@ -44,10 +46,10 @@ pub(crate) fn reconcile(
         names,
         owners: BTreeMap::new(),
         active: BTreeMap::new(),
-        inside: BTreeMap::new(),
+        inside: HashMap::new(),
         forgotten: BTreeMap::new(),
         seeds,
-        taken: BTreeSet::new(),
+        taken: None,
         root: None,
         found: Reconciled::default(),
     };
@@ -71,12 +73,13 @@ struct Look<'a> {
     /// The disk whose active image a file is.
     active: BTreeMap<usize, String>,
     /// The node of an internal snapshot, by file and index.
-    inside: BTreeMap<(usize, usize), String>,
+    inside: HashMap<(usize, usize), String>,
     /// States that are to be no nodes: by file and index of the snapshot; and the node on which the active state of
     /// such a file stands.
     forgotten: BTreeMap<(usize, Option<usize>), Option<String>>,
     seeds: &'a [(String, PathBuf)],
-    taken: BTreeSet<String>,
+    /// The names of nodes, once a new one is needed.
+    taken: Option<HashSet<String>>,
     /// In a new catalog, the node of the first disk's root image: the root images of the other disks are its too.
     root: Option<String>,
     found: Reconciled,
@@ -105,21 +108,22 @@ impl<'a> Look<'a> {
     /// Finds every state that the record names.
     fn resolve(&mut self) {
         let mut nodes = std::mem::take(&mut self.record().nodes);
-        let mut tables: BTreeMap<usize, Inside> = BTreeMap::new();
-        // What a node names by id and name is no other node's under another name.
-        let mut exact: BTreeSet<(usize, usize)> = BTreeSet::new();
+        let survey = self.survey;
+        let table = |file: usize| survey.files.get(file).map(|f| &f.snapshots[..]).unwrap_or_default();
+        // What each node names by id and name, in order; that is no other node's under another name.
+        let mut found: Vec<Option<(usize, usize)>> = Vec::new();
         for storage in nodes.iter().flat_map(|n| &n.storage).map(|(_, s)| s) {
             if let Storage::Internal { snapshot, id, .. } = storage
                 && let Some(file) = self.names.get(storage.file()).copied().flatten()
             {
-                let known = tables
-                    .entry(file)
-                    .or_insert_with(|| self.survey.files.get(file).map(Inside::of).unwrap_or_default());
-                exact.extend(known.find(id, snapshot).map(|at| (file, at)));
+                let known = self.found.inside.entry(file).or_default();
+                found.push(known.find(id, snapshot, table(file)).map(|at| (file, at)));
             }
         }
+        let all_found = found.iter().all(Option::is_some);
+        let taken: HashSet<_> = found.iter().flatten().filter(|_| !all_found).copied().collect();
+        let mut found = found.into_iter();
         for node in &mut nodes {
-            self.taken.insert(node.name.clone());
             for (disk, storage) in &mut node.storage {
                 let file = self.names.get(storage.file()).copied().flatten();
                 match (file, storage) {
@@ -136,23 +140,21 @@ impl<'a> Look<'a> {
                         }
                     }
                     (Some(file), Storage::Internal { snapshot, id, file: shown }) => {
-                        let table = self.survey.files.get(file).map(|f| &f.snapshots[..]).unwrap_or_default();
-                        let pair = |s: &pleach_format::SnapshotRecord| (escape(&s.name), escape(&s.id));
-                        let known = tables.entry(file).or_insert_with(|| {
-                            self.survey.files.get(file).map(Inside::of).unwrap_or_default()
-                        });
-                        let at = known.find(id, snapshot).or_else(|| {
-                            let like = known.find_like((id, snapshot), node.created, table);
-                            like.filter(|&at| !exact.contains(&(file, at)))
+                        let exact = found.next().flatten().map(|(_, at)| at);
+                        let known = self.found.inside.entry(file).or_default();
+                        let at = exact.or_else(|| {
+                            let like = known.find_like((id, snapshot), node.created, table(file));
+                            like.filter(|&at| !taken.contains(&(file, at)))
                         });
                         let Some(at) = at else {
                             let what = format!("snapshot \"{snapshot}\" in \"{}\"", escape(shown.as_bytes()));
                             self.lost(Some(&node.name), disk, what);
                             continue;
                         };
-                        if let Some((name, other)) = table.get(at).map(pair)
-                            && (&name, &other) != (&*snapshot, &*id)
+                        if exact.is_none()
+                            && let Some(record) = table(file).get(at)
                         {
+                            let (name, other) = (escape(&record.name), escape(&record.id));
                             self.found.differences.push(format!(
                                 "the snapshot of {} in \"{}\" is \"{name}\" (id {other}), not \"{snapshot}\" (id {id})",
                                 quoted(&node.name),
@@ -381,22 +383,29 @@ impl<'a> Look<'a> {
     }
 
     /// A snapshot of the same name on another disk, to which a new one on `disk` belongs.
-    fn joins(&self, name: &str, disk: &str) -> Option<String> {
-        let node = self.taken.contains(name).then(|| self.catalog.record.find(name)).flatten()?;
+    fn joins(&mut self, name: &str, disk: &str) -> Option<String> {
+        let node = self.taken().contains(name).then(|| self.catalog.record.find(name)).flatten()?;
         let elsewhere = node.storage.iter().any(|(_, s)| matches!(s, Storage::Internal { .. }));
         (elsewhere && node.storage_of(disk).is_none()).then(|| node.name.clone())
     }
 
     /// A free name for a new node: its own, or with its file's before it.
     fn new_name(&mut self, plain: &str, file: &str) -> String {
-        let base = if plain.is_empty() || self.taken.contains(plain) {
+        let taken = self.taken();
+        let base = if plain.is_empty() || taken.contains(plain) {
             format!("{}@{plain}", escape(file.as_bytes()))
         } else {
             plain.to_owned()
         };
-        let name = free_name(&base, |name| self.taken.contains(name)).unwrap_or(base);
-        self.taken.insert(name.clone());
+        let name = free_name(&base, |name| taken.contains(name)).unwrap_or(base);
+        taken.insert(name.clone());
         name
+    }
+
+    /// The names that a new node cannot have.
+    fn taken(&mut self) -> &mut HashSet<String> {
+        let nodes = &self.catalog.record.nodes;
+        self.taken.get_or_insert_with(|| nodes.iter().map(|node| node.name.clone()).collect())
     }
 
     /// The active state of `file` stood on `first`, between which and it there are new snapshots, up to `last`.
@@ -481,31 +490,55 @@ impl<'a> Look<'a> {
         self.record().raw = raw;
     }
 
-    /// A node stands on the node whose file backs its own.
+    /// A node stands on the node whose file backs its own. Of several disks, those that take no part in a snapshot go on
+    /// elsewhere when that becomes current: then the catalog knows better.
     fn correct_parents(&mut self) {
-        let mut parents: BTreeMap<String, Option<String>> =
+        let one_disk = self.catalog.record.disks.len() == 1;
+        if !one_disk && !self.catalog.is_new() && self.catalog.record.current.is_some() {
+            return;
+        }
+        // What the images of each node stand on.
+        let mut suggested: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (&file, name) in self.owners.iter().filter(|_| one_disk || self.catalog.is_new()) {
+            if let Some(on) = self.below(file) {
+                suggested.entry(name.clone()).or_default().push(on);
+            }
+        }
+        let current = &self.catalog.record.current;
+        let heads: Vec<String> = self
+            .active
+            .keys()
+            .filter_map(|&file| self.below(file))
+            .filter(|on| current.as_ref() != Some(on))
+            .collect();
+        // The parent that is known stays if the image of any disk bears it out.
+        for node in &self.catalog.record.nodes {
+            if suggested.is_empty() {
+                break;
+            }
+            let fits = |on: &Vec<String>| node.parent.as_ref().is_some_and(|parent| on.contains(parent));
+            if suggested.get(&node.name).is_some_and(fits) {
+                suggested.remove(&node.name);
+            }
+        }
+        if suggested.is_empty() && heads.is_empty() {
+            return;
+        }
+        let mut parents: HashMap<String, Option<String>> =
             self.catalog.record.nodes.iter().map(|n| (n.name.clone(), n.parent.clone())).collect();
-        let above = |parents: &BTreeMap<String, Option<String>>, from: Option<&str>, wanted: &str| {
-            let mut at = from.map(str::to_owned);
+        let above = |parents: &HashMap<String, Option<String>>, from: Option<&str>, wanted: &str| {
+            let mut at = from;
             for _ in 0..=parents.len() {
                 match at {
                     Some(name) if name == wanted => return true,
-                    Some(name) => at = parents.get(&name).cloned().flatten(),
+                    Some(name) => at = parents.get(name).and_then(Option::as_deref),
                     None => break,
                 }
             }
             false
         };
-        // What the images of each node stand on. Those of several disks may stand on different nodes.
-        let mut suggested: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (&file, name) in &self.owners {
-            if let Some(on) = self.below(file) {
-                suggested.entry(name.clone()).or_default().push(on);
-            }
-        }
         for (name, all) in suggested {
             let parent = parents.get(&name).cloned().flatten();
-            // The parent that is known stays if the image of any disk bears it out.
             if all.iter().any(|on| above(&parents, parent.as_deref(), on)) {
                 continue;
             }
@@ -524,21 +557,14 @@ impl<'a> Look<'a> {
                 (node.parent, node.parent_guessed) = (Some(on), false);
             }
         }
-        let one_disk = self.catalog.record.disks.len() == 1;
-        for (file, disk) in self.active.clone() {
+        for on in heads {
             let current = self.record().current.clone();
-            let Some(on) = self.below(file).filter(|on| !above(&parents, current.as_deref(), on)) else {
+            if above(&parents, current.as_deref(), &on) {
                 continue;
-            };
-            let takes_part = |node: &NodeRecord| node.storage_of(&disk).is_some();
+            }
             if one_disk || current.is_none() {
                 self.note(format!("{} is current, as the active image's backing file says", quoted(&on)));
                 self.record().current = Some(on);
-            } else if current.as_ref().and_then(|c| self.catalog.record.find(c)).is_some_and(takes_part) {
-                self.note(format!(
-                    "the active image of disk {disk} stands on {}, not on current",
-                    quoted(&on)
-                ));
             }
         }
     }

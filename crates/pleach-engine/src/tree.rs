@@ -3,8 +3,12 @@
 //! A [`Tree`] is found by [`Tree::load`], or made from images that no catalog describes by [`Tree::adopt`]. Its record is
 //! then what verbs plan with; it differs from the file on disk by what [`Tree::differences`] says, until it is saved.
 
+use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use pleach_format::SnapshotRecord;
 use pleach_image::escape;
@@ -15,7 +19,7 @@ use crate::catalog::Catalog;
 use crate::family::{Family, State};
 use crate::journal::directory_of;
 use crate::reconcile::{Reconciled, quoted};
-use crate::survey::{Survey, SurveyFile, Trust};
+use crate::survey::{Survey, Trust};
 use crate::{Error, ErrorKind, Result};
 
 /// A catalog and the images that it is about.
@@ -37,31 +41,78 @@ pub struct Tree {
     inside: HashMap<usize, Inside>,
 }
 
-/// The snapshots inside one file.
-#[derive(Clone, Debug, Default)]
+/// The snapshots inside one file. There may be very many.
+#[derive(Debug, Default)]
 pub(crate) struct Inside {
-    by_both: HashMap<(String, String), usize>,
-    /// `None` for names, and for ids, that several have.
+    /// Places in the snapshot table, by id and name; made when it is needed.
+    order: OnceLock<Vec<usize>>,
+    unique: OnceLock<Unique>,
+    /// The place that was found last: often the next one is wanted next.
+    last: AtomicUsize,
+}
+
+/// Places of names, and of ids, in a snapshot table; `None` for those that several have.
+#[derive(Debug, Default)]
+struct Unique {
     by_name: HashMap<String, Option<usize>>,
     by_id: HashMap<String, Option<usize>>,
 }
 
-impl Inside {
-    /// Those in a file's snapshot table.
-    pub(crate) fn of(file: &SurveyFile) -> Self {
-        let mut all = Self::default();
-        for (at, snapshot) in file.snapshots.iter().enumerate() {
-            let (id, name) = (escape(&snapshot.id), escape(&snapshot.name));
-            all.by_name.entry(name.clone()).and_modify(|one| *one = None).or_insert(Some(at));
-            all.by_id.entry(id.clone()).and_modify(|one| *one = None).or_insert(Some(at));
-            all.by_both.entry((id, name)).or_insert(at);
+/// As [`escape`], without a copy of what is plain.
+fn escaped(bytes: &[u8]) -> Cow<'_, str> {
+    match str::from_utf8(bytes) {
+        Ok(text) if text.bytes().all(|b| b.is_ascii_graphic() && b != b'\\' || b == b' ') => {
+            Cow::Borrowed(text)
         }
-        all
+        _ => Cow::Owned(escape(bytes)),
+    }
+}
+
+/// Orders by id, shorter ones first as numbers are, and by name.
+fn compare(snapshot: &SnapshotRecord, id: &str, name: &str) -> Ordering {
+    let own = escaped(&snapshot.id);
+    own.len().cmp(&id.len()).then_with(|| (*own).cmp(id)).then_with(|| (*escaped(&snapshot.name)).cmp(name))
+}
+
+impl Inside {
+    fn order(&self, table: &[SnapshotRecord]) -> &[usize] {
+        self.order.get_or_init(|| {
+            let mut order: Vec<usize> = (0..table.len()).collect();
+            order.sort_by(|&a, &b| match (table.get(a), table.get(b)) {
+                (Some(a), Some(b)) => compare(a, &escaped(&b.id), &escaped(&b.name)),
+                _ => Ordering::Equal,
+            });
+            order
+        })
     }
 
-    /// The one with that id and that name.
-    pub(crate) fn find(&self, id: &str, name: &str) -> Option<usize> {
-        self.by_both.get(&(id.to_owned(), name.to_owned())).copied()
+    fn unique(&self, table: &[SnapshotRecord]) -> &Unique {
+        self.unique.get_or_init(|| {
+            let mut all = Unique::default();
+            for (at, snapshot) in table.iter().enumerate() {
+                let (id, name) = (escape(&snapshot.id), escape(&snapshot.name));
+                all.by_name.entry(name).and_modify(|one| *one = None).or_insert(Some(at));
+                all.by_id.entry(id).and_modify(|one| *one = None).or_insert(Some(at));
+            }
+            all
+        })
+    }
+
+    /// The one of `table` with that id and that name.
+    pub(crate) fn find(&self, id: &str, name: &str, table: &[SnapshotRecord]) -> Option<usize> {
+        let is = |at: usize| table.get(at).is_some_and(|s| compare(s, id, name).is_eq());
+        let next = self.last.load(Relaxed).wrapping_add(1);
+        // A second one of the same id and name is not meant.
+        let first = |at: usize| at == 0 || !is(at.wrapping_sub(1));
+        let found = if is(next) && first(next) {
+            next
+        } else {
+            let order = self.order(table);
+            let at = order.partition_point(|&at| table.get(at).is_some_and(|s| compare(s, id, name).is_lt()));
+            order.get(at).copied().filter(|&at| is(at))?
+        };
+        self.last.store(found, Relaxed);
+        Some(found)
     }
 
     /// The same; else the one of `table` that has another id or name since, and is the same by the date `created`. QEMU gives
@@ -74,12 +125,13 @@ impl Inside {
         table: &[SnapshotRecord],
     ) -> Option<usize> {
         let dated = |at: &usize| table.get(*at).filter(|s| created == Some(s.date_seconds.into()));
-        let by_name = self.by_name.get(name).copied().flatten();
+        let unique = self.unique(table);
+        let by_name = unique.by_name.get(name).copied().flatten();
         // A record that knows no id goes by the name.
         let by_name = by_name.filter(|at| id.is_empty() || dated(at).is_some());
-        let by_id = || self.by_id.get(id).copied().flatten();
+        let by_id = || unique.by_id.get(id).copied().flatten();
         let renamed = || by_id().filter(|at| dated(at).is_some_and(|s| s.date_nanoseconds == 0));
-        self.find(id, name).or(by_name).or_else(renamed)
+        self.find(id, name, table).or(by_name).or_else(renamed)
     }
 }
 
@@ -191,13 +243,14 @@ impl Tree {
         let mut survey = Survey::of_directories(disk, &directories, trust)?;
         let named: Vec<PathBuf> = catalog.record.files().into_iter().map(|f| catalog.path_of(f)).collect();
         survey.also_raw(disk, &named);
-        let Reconciled { differences, missing } =
+        let Reconciled { differences, missing, mut inside } =
             crate::reconcile::reconcile(disk, &survey, &mut catalog, seeds)?;
         let names = catalog.record.files().into_iter();
         let files: HashMap<String, Option<usize>> =
             names.map(|name| (name.to_owned(), survey.find(disk, &catalog.path_of(name)))).collect();
-        let known = files.values().flatten().filter_map(|&i| Some((i, Inside::of(survey.files.get(i)?))));
-        let inside = known.collect();
+        for &file in files.values().flatten() {
+            inside.entry(file).or_default();
+        }
         Ok(Self { catalog, survey, differences, missing, recorded, files, inside })
     }
 
@@ -218,7 +271,8 @@ impl Tree {
         match storage {
             Storage::External { .. } => Some(Place { file, snapshot: None }),
             Storage::Internal { snapshot, id, .. } => {
-                let at = self.inside.get(&file)?.find(id, snapshot)?;
+                let table = &self.survey.files.get(file)?.snapshots;
+                let at = self.inside.get(&file)?.find(id, snapshot, table)?;
                 Some(Place { file, snapshot: Some(at) })
             }
         }

@@ -39,6 +39,18 @@ impl Lineage {
         Self::default()
     }
 
+    /// The forest of these nodes, whose ids are their places. Names are unique, and parents come before their children.
+    pub(crate) fn of_parents_first(nodes: Vec<Node>) -> Self {
+        let ids = || (0..).map(NodeId);
+        let names = nodes.iter().zip(ids()).map(|(node, id)| (node.name.clone(), id)).collect();
+        let mut tree = Self { slots: Vec::with_capacity(nodes.len()), names, ..Self::default() };
+        for (node, id) in nodes.into_iter().zip(ids()) {
+            tree.siblings_mut(node.parent).push(id);
+            tree.slots.push(Some(Slot { node, children: Vec::new() }));
+        }
+        tree
+    }
+
     /// The number of nodes.
     pub fn len(&self) -> usize {
         self.names.len()

@@ -31,6 +31,9 @@ pub(crate) fn carry_out(view: &View<'_>, mut prepared: Prepared, args: &RunArgs)
     if let Some(file) = &args.plan {
         apply::save(file, view, &prepared)?;
     }
+    for warning in view.warnings(&prepared.plan) {
+        output::warn(&Error::new(ErrorKind::Failed, warning));
+    }
     if !args.changes() {
         if args.act.json {
             output::document(&json!({ "schema": 1, "plan": view.object(&prepared.plan, None) }));

@@ -59,7 +59,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
     if args.json {
         let mut document = json!({ "schema": 1, "images": documents });
         if let (false, Some(document)) = (trees.is_empty(), document.as_object_mut()) {
-            let of = |tree: &Tree| {
+            let of = |tree: &&Tree| {
                 let catalog = tree.catalog.path().display().to_string();
                 json!({ "tree": tree.name(), "catalog": catalog, "differences": tree.differences })
             };
@@ -77,7 +77,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode> {
 }
 
 /// The trees whose catalogs are held against their images: those of the directories and catalogs that were named.
-fn trees(args: &CheckArgs) -> Result<Vec<Tree>> {
+fn trees(args: &CheckArgs) -> Result<Vec<&'static Tree>> {
     let mut all = Vec::new();
     for path in &args.images {
         let target = Target::of(path, &[])?;
@@ -89,7 +89,7 @@ fn trees(args: &CheckArgs) -> Result<Vec<Tree>> {
 }
 
 fn tree_text(tree: &Tree) -> String {
-    let mut out = format!("{}:\n", tree.catalog.path().display());
+    let mut out = format!("{}:\n", output::path(tree.catalog.path()));
     if tree.differences.is_empty() {
         out.push_str("  the catalog and the images agree\n");
     }
@@ -143,7 +143,7 @@ fn take_back(images: &[PathBuf], file: &Path, json: bool) -> Result<ExitCode> {
         let (path, file) = (path.display().to_string(), file.display().to_string());
         output::document(&json!({ "schema": 1, "images": [{ "filename": path, "undone": file }] }));
     } else {
-        output::print(&format!("{}: as it was before the repair\n", path.display()));
+        output::print(&format!("{}: as it was before the repair\n", output::path(path)));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -273,20 +273,20 @@ fn lines(findings: &[Finding]) -> String {
 
 fn text(path: &Path, checked: &Checked) -> String {
     let Checked { dirty, report, repaired } = checked;
-    let mut out = format!("{}:\n", path.display());
+    let mut out = format!("{}:\n", output::path(path));
     if let Some(repaired) = repaired {
         out.push_str(&lines(&repaired.found));
         out.push_str(&match (repaired.actions.is_empty(), repaired.planned) {
             (true, _) => "  nothing to repair\n".to_owned(),
-            (_, true) => format!("repair of {} would do this:\n", path.display()),
-            (_, false) => format!("repair of {}:\n", path.display()),
+            (_, true) => format!("repair of {} would do this:\n", output::path(path)),
+            (_, false) => format!("repair of {}:\n", output::path(path)),
         });
         out.push_str(&lines(&repaired.actions));
         if let Some(undo) = &repaired.undo_file {
             out.push_str(&format!(
                 "  to take this back, before anybody writes: pleach check --undo {} {}\n",
-                undo.display(),
-                path.display()
+                output::path(undo),
+                output::path(path)
             ));
         }
         let state = if repaired.planned { "now" } else { "afterwards" };

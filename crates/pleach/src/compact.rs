@@ -52,7 +52,7 @@ fn document(path: &Path, done: &Compaction) -> Value {
 fn text(path: &Path, done: &Compaction, exact: bool, planned: bool) -> String {
     let show = |bytes| size::show(bytes, exact);
     let moved = if planned { "to be moved" } else { "moved" };
-    let mut out = format!("{}: {} -> {}", path.display(), show(done.before), show(done.after));
+    let mut out = format!("{}: {} -> {}", output::path(path), show(done.before), show(done.after));
     out.push_str(&format!("; {} {moved}", show(done.moved)));
     for (clusters, what) in [(done.leaked, "leaked"), (done.zeroed, "of zeros")] {
         if clusters > 0 {

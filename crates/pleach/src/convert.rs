@@ -98,7 +98,7 @@ pub(crate) fn flatten(args: &FlattenArgs) -> Result<ExitCode> {
         let what = if args.dry_run { "would be written" } else { "written" };
         let (written, length) =
             (size::show(made.written, args.bytes), size::show(made.file_size, args.bytes));
-        output::print(&format!("{}: {written} {what}, {length} long\n", convert.out.display()));
+        output::print(&format!("{}: {written} {what}, {length} long\n", output::path(&convert.out)));
         return Ok(ExitCode::SUCCESS);
     }
     output::document(&json!({

@@ -23,7 +23,7 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
     start_jobs(args.run.act.pace.jobs)?;
     let target = Target::named(&args.on)?;
     if let Some(tree) = tree_of(args, &target)? {
-        return in_tree(args, &tree);
+        return in_tree(args, tree);
     }
     let mut survey = target.survey(&args.on.place.trust())?;
     let mut family = target.family(&survey)?;
@@ -48,7 +48,7 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
 
 /// The tree in which the node is to be deleted: that of a catalog, or of one that the deletion needs. None where the
 /// images alone can say everything.
-fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<Tree>> {
+fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<&'static Tree>> {
     let trust = args.on.place.trust();
     if let Some(tree) = target.tree(&trust)? {
         return Ok(Some(tree));
@@ -254,6 +254,19 @@ impl View<'_> {
         }
     }
 
+    /// What is lost although the names do not show it.
+    pub(crate) fn warnings(&self, plan: &DeletePlan) -> Vec<String> {
+        let linked = |path: &Path| {
+            let file = self.survey.files.iter().find(|f| f.path == path).filter(|f| f.stat.links > 1)?;
+            Some(format!(
+                "{} has {} hard links: images that name another of them are not seen",
+                self.path(path),
+                file.stat.links
+            ))
+        };
+        plan.unlinks(self.survey).into_iter().filter_map(linked).collect()
+    }
+
     /// What was done, as text.
     pub(crate) fn done(&self, plan: &DeletePlan, outcome: Outcome) -> String {
         let (written, freed) = (self.size(outcome.bytes_written), self.size(outcome.bytes_freed));
@@ -338,6 +351,7 @@ impl View<'_> {
             "lengths": lengths,
             "dependents": self.dependents(plan),
             "reparented": reparented,
+            "warnings": self.warnings(plan),
             "refused": null,
         })
     }

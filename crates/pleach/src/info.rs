@@ -280,7 +280,7 @@ fn date(seconds: u32, nanoseconds: u32) -> Option<String> {
 /// The same as lines for people; what is absent has no line.
 fn text(described: &Described, exact: bool, out: &mut output::Spool) -> Result<()> {
     let image = &described.value;
-    let mut line = |key: &str, value: String| out.add(format_args!("{key}: {value}\n"));
+    let mut line = |key: &str, value: String| out.add(format_args!("{key}: {}\n", output::printable(&value)));
     let bytes = |key: &str| image.get(key).and_then(Value::as_u64).map(|v| size::show(v, exact));
     let plain = |key: &str| match image.get(key) {
         Some(Value::String(text)) => Some(text.clone()),

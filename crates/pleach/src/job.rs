@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use pleach_engine::catalog::Catalog;
 use pleach_engine::family::shown;
 use pleach_engine::tree::Tree;
 use pleach_engine::verbs::{Act, Job};
@@ -40,7 +41,7 @@ pub(crate) enum Said<'a> {
 /// Shows what would be done, or does it. With `ask` it must be confirmed.
 pub(crate) fn carry_out(
     tree: &Tree,
-    job: Job,
+    mut job: Job,
     args: &ActArgs,
     ask: bool,
     said: &Said<'_>,
@@ -50,7 +51,7 @@ pub(crate) fn carry_out(
     let copied = if shows { job.bytes_copied(&RealDisk)? } else { 0 };
     let view = JobView { tree, job: &job, bytes: args.bytes, copied };
     for difference in &tree.differences {
-        eprintln!("note: {difference}");
+        output::note(difference);
     }
     for warning in &job.warnings {
         output::warn(&Error::new(ErrorKind::Failed, warning.clone()));
@@ -67,12 +68,12 @@ pub(crate) fn carry_out(
         confirm(&view.text())?;
     }
     let mut report = view.object(None);
-    let (before, after) = (tree.catalog.record.clone(), job.record.clone());
     let text = view.what();
     let removed = job.bytes_removed;
     let figures = !job.merges.is_empty() || removed > 0;
     let watch = Arc::new(Watch::limited(args.pace.bandwidth));
     let progress = Progress::start(args.pace.progress.show, &watch);
+    let after = std::mem::take(&mut job.record);
     let outcome = job.run(&RealDisk, &watch);
     drop(progress);
     let outcome = outcome?;
@@ -83,12 +84,12 @@ pub(crate) fn carry_out(
             "tree": after.tree,
             "catalog": shown(&tree.catalog.real_path(), tree.catalog.base()),
             "current": after.current,
-            "disks": disks(&after),
+            "disks": disks(&tree.catalog, &after),
             "plan": report,
         }));
         return Ok(ExitCode::SUCCESS);
     }
-    let moved = moved_disks(&before, &after);
+    let moved = moved_disks(&tree.catalog, &after);
     match said {
         Said::Report => {
             let mut line = text;
@@ -103,22 +104,21 @@ pub(crate) fn carry_out(
         }
         Said::Word(word) => {
             output::print(&format!("{word}\n"));
-            eprint!("{moved}");
+            eprint!("{}", output::lines(&moved));
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// A line for each disk that has another active image.
-fn moved_disks(before: &Record, after: &Record) -> String {
+fn moved_disks(catalog: &Catalog, after: &Record) -> String {
     let mut out = String::new();
     for disk in &after.disks {
-        let old = before.disk(&disk.name).and_then(|d| d.active.as_deref());
+        let old = catalog.record.disk(&disk.name).and_then(|d| d.active.as_deref());
         if old == disk.active.as_deref() {
             continue;
         }
-        let (name, file) =
-            (escape(disk.name.as_bytes()), disk.active.as_deref().map(|f| escape(f.as_bytes())));
+        let (name, file) = (escape(disk.name.as_bytes()), disk.active.as_deref().map(|f| catalog.shown(f)));
         match file {
             Some(file) => out.push_str(&format!("  the active image of {name} is now {file}\n")),
             None => out.push_str(&format!("  {name} has no active image any more\n")),
@@ -127,8 +127,9 @@ fn moved_disks(before: &Record, after: &Record) -> String {
     out
 }
 
-fn disks(record: &Record) -> Vec<Value> {
-    record.disks.iter().map(|d| json!({ "name": d.name, "active": d.active })).collect()
+fn disks(catalog: &Catalog, record: &Record) -> Vec<Value> {
+    let active = |file: &Option<String>| file.as_deref().map(|file| catalog.shown(file));
+    record.disks.iter().map(|d| json!({ "name": d.name, "active": active(&d.active) })).collect()
 }
 
 /// What really happened, in place of what was planned.
@@ -147,12 +148,16 @@ fn put_figures(plan: &mut Value, outcome: Outcome) {
 
 /// A node's state of each disk.
 pub(crate) fn storage_object<'a>(
+    catalog: Option<&Catalog>,
     storage: impl IntoIterator<Item = &'a (String, Storage)>,
 ) -> Map<String, Value> {
-    let value = |storage: &Storage| match storage {
-        Storage::External { file } => json!({ "kind": "external", "file": file }),
-        Storage::Internal { file, snapshot, id } => {
-            json!({ "kind": "internal", "file": file, "snapshot": snapshot, "id": id })
+    let value = |storage: &Storage| {
+        let file = catalog.map_or_else(|| storage.file().to_owned(), |c| c.shown(storage.file()));
+        match storage {
+            Storage::External { .. } => json!({ "kind": "external", "file": file }),
+            Storage::Internal { snapshot, id, .. } => {
+                json!({ "kind": "internal", "file": file, "snapshot": snapshot, "id": id })
+            }
         }
     };
     storage.into_iter().map(|(disk, storage)| (disk.clone(), value(storage))).collect()

@@ -7,7 +7,7 @@ use pleach_image::{Chain, escape};
 use serde_json::Value;
 
 use crate::args::MapArgs;
-use crate::output::Spool;
+use crate::output::{Spool, printable};
 use crate::source;
 
 pub(crate) fn run(args: &MapArgs) -> Result<ExitCode> {
@@ -81,7 +81,7 @@ fn line(extent: &Extent, files: &[String], out: &mut Spool) -> Result<()> {
     };
     let file = files.get(extent.depth).map_or("", String::as_str);
     let (start, length) = (hex(extent.start), hex(extent.length));
-    out.add(format_args!("{start:<16}{length:<16}{place:<16}{file}\n"))
+    out.add(format_args!("{start:<16}{length:<16}{place:<16}{}\n", printable(file)))
 }
 
 /// As C's `%#x`.

@@ -73,8 +73,8 @@ pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
     let trust = args.on.place.trust();
     if let Some(tree) = target.tree(&trust)? {
         let act = args.run.in_tree()?;
-        let job = pleach_engine::verbs::squash(&RealDisk, &tree, &args.first, &args.last)?;
-        return job::carry_out(&tree, job, act, true, &job::Said::Report);
+        let job = pleach_engine::verbs::squash(&RealDisk, tree, &args.first, &args.last)?;
+        return job::carry_out(tree, job, act, true, &job::Said::Report);
     }
     let mut survey = target.survey(&trust)?;
     let family = target.family(&survey)?;

@@ -1,5 +1,6 @@
 //! Results on stdout, messages on stderr, and the exit code of each kind of failure.
 
+use std::borrow::Cow;
 use std::error::Error as _;
 use std::fmt;
 use std::io::{BufWriter, Seek, Write};
@@ -7,6 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use pleach_engine::{Error, ErrorKind, Result};
+use pleach_image::escape;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tempfile::SpooledTempFile;
@@ -14,10 +16,30 @@ use tempfile::SpooledTempFile;
 /// Output up to this length is kept in memory.
 const SPOOL_BYTES: usize = 16 << 20;
 
-/// Writes to stdout. A reader that has gone away is no failure of ours.
+/// Writes lines to stdout, whatever names they hold. A reader that has gone away is no failure of ours.
 pub(crate) fn print(text: &str) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    let _ = out.write_all(lines(text).as_bytes()).and_then(|()| out.flush());
+}
+
+/// A line on stderr.
+pub(crate) fn note(text: &str) {
+    eprintln!("note: {}", printable(text));
+}
+
+/// Lines in which everything is printable.
+pub(crate) fn lines(text: &str) -> Cow<'_, str> {
+    let stays = |c: char| matches!(c, '\n' | '\t') || is_printable(c);
+    if text.chars().all(stays) {
+        return Cow::Borrowed(text);
+    }
+    let show = |c: char| if stays(c) { c.to_string() } else { c.escape_default().to_string() };
+    Cow::Owned(text.chars().map(show).collect())
+}
+
+fn is_printable(c: char) -> bool {
+    !c.is_control()
+        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Writes one JSON document to stdout.
@@ -142,6 +164,17 @@ pub(crate) fn object(error: &Error) -> Value {
     })
 }
 
+/// A path in one printable line.
+pub(crate) fn path(path: &Path) -> String {
+    printable(&escape(path.as_os_str().as_encoded_bytes()))
+}
+
+/// A name in one printable line. Names that were read from images alone are escaped already.
+pub(crate) fn printable(name: &str) -> String {
+    let show = |c: char| if is_printable(c) { c.to_string() } else { c.escape_default().to_string() };
+    name.chars().map(show).collect()
+}
+
 fn causes(error: &Error) -> Vec<String> {
     std::iter::successors(error.source(), |&e| e.source()).map(ToString::to_string).collect()
 }
@@ -149,14 +182,14 @@ fn causes(error: &Error) -> Vec<String> {
 fn text(label: &str, error: &Error) -> String {
     let mut text = format!("{label}: ");
     if let Some(path) = &error.path {
-        text.push_str(&format!("{}: ", path.display()));
+        text.push_str(&format!("{}: ", self::path(path)));
     }
-    text.push_str(&error.message);
+    text.push_str(&printable(&error.message));
     for cause in causes(error) {
-        text.push_str(&format!("\n  caused by: {cause}"));
+        text.push_str(&format!("\n  caused by: {}", printable(&cause)));
     }
     if let Some(hint) = &error.hint {
-        text.push_str(&format!("\n  hint: {hint}"));
+        text.push_str(&format!("\n  hint: {}", printable(hint)));
     }
     text.push('\n');
     text

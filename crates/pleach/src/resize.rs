@@ -233,6 +233,6 @@ impl Plan<'_> {
             Some(lost) => format!("; the last {} of the disk are lost", show(lost)),
             None => String::new(),
         };
-        format!("{}: {} -> {}{lost}\n", self.path.display(), show(self.from), show(self.to))
+        format!("{}: {} -> {}{lost}\n", output::path(self.path), show(self.from), show(self.to))
     }
 }

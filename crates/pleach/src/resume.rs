@@ -41,6 +41,6 @@ fn report(done: &[Resumed], nothing: &str) {
         output::print(nothing);
     }
     for one in done {
-        output::print(&format!("{}: {}\n", one.journal.display(), one.what));
+        output::print(&format!("{}: {}\n", output::path(&one.journal), output::printable(&one.what)));
     }
 }

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use pleach_engine::family::{Family, ONLY_DISK, State, shown};
 use pleach_engine::survey::{Backing, Survey};
 use pleach_engine::tree::Tree;
-use pleach_engine::{Error, ErrorKind, Result};
+use pleach_engine::{Error, ErrorKind, Result, pending};
 use pleach_image::escape;
 use pleach_lineage::{Kind, NodeId};
 use pleach_store::RealDisk;
@@ -35,6 +35,13 @@ pub(crate) fn run(args: &ScanArgs) -> Result<ExitCode> {
         return Err(Error::new(ErrorKind::Usage, "is not a directory").at(&args.directory));
     }
     let trust = args.place.trust();
+    for dir in target.directories.iter().filter(|_| args.write) {
+        if let Some(journal) = pending(&RealDisk, dir)?.into_iter().next() {
+            let text = "an operation on these images was interrupted: what they say may be half-way";
+            let hint = format!("finish it first: pleach resume {}", dir.display());
+            return Err(Error::new(ErrorKind::Failed, text).at(journal).hint(hint));
+        }
+    }
     let mut found = Vec::new();
     let mut claimed = BTreeSet::new();
     let mut wrong = Vec::new();
@@ -106,13 +113,13 @@ pub(crate) fn run(args: &ScanArgs) -> Result<ExitCode> {
 
 fn text(found: &Found) -> String {
     let catalog = match (&found.catalog, found.written) {
-        (Some(path), true) => format!("catalog {}, written", path.display()),
-        (Some(path), false) => format!("catalog {}", path.display()),
+        (Some(path), true) => format!("catalog {}, written", output::path(path)),
+        (Some(path), false) => format!("catalog {}", output::path(path)),
         (None, _) => "no catalog".to_owned(),
     };
     let mut out = format!("{}  ({catalog})\n", escape(found.name.as_bytes()));
     for file in &found.files {
-        out.push_str(&format!("  {}\n", escape(file.as_bytes())));
+        out.push_str(&format!("  {}\n", output::printable(file)));
     }
     for note in &found.notes {
         out.push_str(&format!("  note: {note}\n"));
@@ -135,7 +142,7 @@ fn of_tree(tree: &Tree, notes: Vec<String>, written: bool) -> Found {
     Found {
         name: tree.name().to_owned(),
         catalog: Some(tree.catalog.path().to_owned()).filter(|_| written || !tree.catalog.is_new()),
-        files: tree.catalog.record.files().into_iter().map(str::to_owned).collect(),
+        files: tree.catalog.record.files().into_iter().map(|file| tree.catalog.shown(file)).collect(),
         notes,
         written,
     }

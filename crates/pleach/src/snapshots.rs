@@ -34,13 +34,18 @@ pub(crate) fn init(args: &InitArgs) -> Result<ExitCode> {
     let mut tree =
         Tree::adopt(&RealDisk, &first, &args.name, &args.disks, &args.place.also, &args.place.trust())?;
     for difference in &tree.differences {
-        eprintln!("note: {difference}");
+        output::note(difference);
     }
     tree.catalog.save(&RealDisk)?;
     let path = tree.catalog.path().display().to_string();
     if args.json {
-        let disks: Vec<_> =
-            tree.catalog.record.disks.iter().map(|d| json!({ "name": d.name, "active": d.active })).collect();
+        let disks: Vec<_> = tree
+            .catalog
+            .record
+            .disks
+            .iter()
+            .map(|d| json!({ "name": d.name, "active": d.active.as_deref().map(|f| tree.catalog.shown(f)) }))
+            .collect();
         output::document(&json!({
             "schema": 1,
             "tree": args.name,
@@ -50,7 +55,7 @@ pub(crate) fn init(args: &InitArgs) -> Result<ExitCode> {
             "guessed": tree.differences,
         }));
     } else {
-        output::print(&format!("{path}\n"));
+        output::print(&format!("{}\n", output::path(tree.catalog.path())));
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -71,9 +76,9 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
         disks: args.disks.iter().cloned().collect(),
         files: files(&args.files)?,
     };
-    let job = take(&RealDisk, &tree, &request)?;
+    let job = take(&RealDisk, tree, &request)?;
     let word = escape(args.name.as_bytes());
-    carry_out(&tree, job, &args.act, false, &Said::Word(&word))
+    carry_out(tree, job, &args.act, false, &Said::Word(&word))
 }
 
 pub(crate) fn revert_to(args: &RevertArgs) -> Result<ExitCode> {
@@ -88,18 +93,18 @@ pub(crate) fn revert_to(args: &RevertArgs) -> Result<ExitCode> {
         created: now(),
         files: files(&args.files)?,
     };
-    let mut planned = revert(&RealDisk, &tree, &request);
+    let mut planned = revert(&RealDisk, tree, &request);
     // On a terminal, losing the changes is what the plan asks about; so it is what a dry run shows.
     let asks = !args.act.yes || args.act.dry_run;
     if asks && matches!(&planned, Err(e) if e.kind == ErrorKind::NotConfirmed) {
         let reason = planned.err();
         request.unsaved = Unsaved::Discard;
-        planned = revert(&RealDisk, &tree, &request);
+        planned = revert(&RealDisk, tree, &request);
         if let Some(reason) = reason {
-            eprintln!("note: {}, which are lost", reason.message);
+            output::note(&format!("{}, which are lost", reason.message));
         }
     }
-    carry_out(&tree, planned?, &args.act, true, &Said::Report)
+    carry_out(tree, planned?, &args.act, true, &Said::Report)
 }
 
 /// The files that were given, by disk.
@@ -116,8 +121,8 @@ pub(crate) fn files(given: &[(String, PathBuf)]) -> Result<BTreeMap<String, Path
 
 pub(crate) fn give_name(args: &RenameArgs) -> Result<ExitCode> {
     let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
-    let job = rename(&RealDisk, &tree, &args.name, &args.new_name)?;
-    carry_out(&tree, job, &args.act, false, &Said::Report)
+    let job = rename(&RealDisk, tree, &args.name, &args.new_name)?;
+    carry_out(tree, job, &args.act, false, &Said::Report)
 }
 
 pub(crate) fn describe(args: &NoteArgs) -> Result<ExitCode> {
@@ -132,16 +137,16 @@ pub(crate) fn describe(args: &NoteArgs) -> Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     };
-    let job = note(&RealDisk, &tree, &args.name, text)?;
-    carry_out(&tree, job, &args.act, false, &Said::Report)
+    let job = note(&RealDisk, tree, &args.name, text)?;
+    carry_out(tree, job, &args.act, false, &Said::Report)
 }
 
 pub(crate) fn current(args: &CurrentArgs) -> Result<ExitCode> {
     let tree = Target::named(&args.on)?.tree_or_new(&args.on.place.trust())?;
     match &args.name {
         Some(name) => {
-            let job = make_current(&RealDisk, &tree, name)?;
-            carry_out(&tree, job, &args.act, false, &Said::Report)
+            let job = make_current(&RealDisk, tree, name)?;
+            carry_out(tree, job, &args.act, false, &Said::Report)
         }
         None => {
             let current = tree.catalog.record.current.as_deref();
@@ -167,7 +172,7 @@ pub(crate) fn show(args: &ShowArgs) -> Result<ExitCode> {
             .iter()
             .filter_map(|d| Some((d.name.clone(), Storage::External { file: d.active.clone()? })))
             .collect();
-        return Ok(show_node(args, "head", &args.name, record.current.as_deref(), &files, None));
+        return Ok(show_node(args, tree, "head", &args.name, record.current.as_deref(), &files, None));
     }
     let name = tree.resolve(&args.name)?;
     let node = record.find(&name).cloned();
@@ -183,7 +188,7 @@ pub(crate) fn show(args: &ShowArgs) -> Result<ExitCode> {
         state: node.state.clone(),
         children,
     };
-    Ok(show_node(args, kind, &name, node.parent.as_deref(), &node.storage, Some(about)))
+    Ok(show_node(args, tree, kind, &name, node.parent.as_deref(), &node.storage, Some(about)))
 }
 
 /// What only snapshots have.
@@ -198,6 +203,7 @@ struct About {
 
 fn show_node(
     args: &ShowArgs,
+    tree: &Tree,
     kind: &str,
     name: &str,
     parent: Option<&str>,
@@ -205,8 +211,7 @@ fn show_node(
     about: Option<About>,
 ) -> ExitCode {
     if args.json {
-        let mut node =
-            json!({ "name": name, "kind": kind, "parent": parent, "storage": storage_object(storage) });
+        let mut node = json!({ "name": name, "kind": kind, "parent": parent, "storage": storage_object(Some(&tree.catalog), storage) });
         if let (Some(about), Some(node)) = (&about, node.as_object_mut()) {
             node.insert("parent_guessed".into(), json!(about.guessed));
             node.insert("current".into(), json!(about.current));
@@ -245,12 +250,12 @@ fn show_node(
     }
     for (disk, storage) in storage {
         let text = match storage {
-            Storage::External { file } => format!("{file} (external)"),
+            Storage::External { file } => format!("{} (external)", tree.catalog.shown(file)),
             Storage::Internal { file, snapshot, id } => {
-                format!("snapshot \"{snapshot}\" (id {id}) in {file}")
+                format!("snapshot \"{snapshot}\" (id {id}) in {}", tree.catalog.shown(file))
             }
         };
-        line(disk, &text);
+        out.push_str(&format!("{disk:<12} {}\n", output::printable(&text)));
     }
     output::print(&out);
     ExitCode::SUCCESS

@@ -61,30 +61,30 @@ impl Target {
     }
 
     /// The trees that are meant: those of the catalogs, or the one that the image belongs to. None where nothing has a
-    /// catalog.
-    pub(crate) fn trees(&self, trust: &Trust) -> Result<Vec<Tree>> {
+    /// catalog. They stay until the process ends: a large tree takes longer to take apart than to read.
+    pub(crate) fn trees(&self, trust: &Trust) -> Result<&'static [Tree]> {
         let load = |path: &PathBuf| Tree::load(&RealDisk, path, &self.also, trust);
         let mut trees = self.catalogs.iter().map(load).collect::<Result<Vec<_>>>()?;
         if let Some(image) = &self.image {
             trees.retain(|tree| tree.has_file(&RealDisk, image));
         }
-        Ok(trees)
+        Ok(trees.leak())
     }
 
     /// The one tree that is meant, if anything has a catalog.
-    pub(crate) fn tree(&self, trust: &Trust) -> Result<Option<Tree>> {
-        let mut trees = self.trees(trust)?;
+    pub(crate) fn tree(&self, trust: &Trust) -> Result<Option<&'static Tree>> {
+        let trees = self.trees(trust)?;
         if trees.len() > 1 {
             let names: Vec<String> = trees.iter().map(|t| shown(t.catalog.path(), Path::new(""))).collect();
             return Err(Error::new(ErrorKind::Usage, "several trees may be meant")
                 .hint(format!("point at one of {}", names.join(", "))));
         }
-        Ok(trees.pop())
+        Ok(trees.first())
     }
 
     /// The one tree that is meant; if nothing has a catalog, the one that would get it, with the only head that there is
     /// as its active image.
-    pub(crate) fn tree_or_new(&self, trust: &Trust) -> Result<Tree> {
+    pub(crate) fn tree_or_new(&self, trust: &Trust) -> Result<&'static Tree> {
         if let Some(tree) = self.tree(trust)? {
             return Ok(tree);
         }
@@ -92,17 +92,18 @@ impl Target {
         let stem = active.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let name = free_tree(&self.base, &stem);
         let disks = [(ONLY_DISK.to_owned(), active)];
-        Tree::adopt(&RealDisk, &self.base, &name, &disks, &self.also, trust)
+        Ok(Box::leak(Box::new(Tree::adopt(&RealDisk, &self.base, &name, &disks, &self.also, trust)?)))
     }
 
     /// The tree that would get a catalog for the sake of `image`; it has an active image if there is only one head.
-    pub(crate) fn tree_around(&self, image: &Path, trust: &Trust) -> Result<Tree> {
+    pub(crate) fn tree_around(&self, image: &Path, trust: &Trust) -> Result<&'static Tree> {
         match self.tree_or_new(trust) {
             Err(error) if error.kind == ErrorKind::Usage => {
                 let stem = image.file_stem().unwrap_or_default().to_string_lossy().into_owned();
                 let seed = (ONLY_DISK.to_owned(), image.to_owned());
                 let name = free_tree(&self.base, &stem);
-                Tree::adopt_branches(&RealDisk, &self.base, &name, seed, &self.also, trust)
+                let tree = Tree::adopt_branches(&RealDisk, &self.base, &name, seed, &self.also, trust)?;
+                Ok(Box::leak(Box::new(tree)))
             }
             tree => tree,
         }

@@ -1,5 +1,6 @@
 //! `pleach tree`
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::args::TreeArgs;
 use crate::job::storage_object;
+use crate::output::printable;
 use crate::target::{Target, problems};
 use crate::{output, size};
 
@@ -37,9 +39,9 @@ struct Picture<'a> {
 pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
     let target = Target::of(&args.target, &args.place.also)?;
     let trust = args.place.trust();
-    let trees = if args.all { Vec::new() } else { target.trees(&trust)? };
+    let trees = if args.all { &[] } else { target.trees(&trust)? };
     if !trees.is_empty() {
-        return run_trees(args, &trees);
+        return run_trees(args, trees);
     }
     let survey = target.survey(&trust)?;
     let family = target.family(&survey)?;
@@ -66,7 +68,8 @@ pub(crate) fn run(args: &TreeArgs) -> Result<ExitCode> {
 fn run_trees(args: &TreeArgs, trees: &[Tree]) -> Result<ExitCode> {
     let families = trees.iter().map(|tree| tree.family(&RealDisk)).collect::<Result<Vec<_>>>()?;
     let mut pictures = Vec::new();
-    for (tree, family) in trees.iter().zip(&families) {
+    // They stay, as the trees do.
+    for (tree, family) in trees.iter().zip(&*families.leak()) {
         let mut picture = Picture {
             survey: &tree.survey,
             family,
@@ -113,7 +116,7 @@ fn finish(args: &TreeArgs, pictures: &[Picture<'_>]) -> Result<ExitCode> {
             }
             output::print(&if args.dot { picture.dot() } else { picture.text(args)? });
             for difference in picture.catalog.iter().flat_map(|tree| &tree.differences) {
-                eprintln!("note: {difference}");
+                output::note(difference);
             }
             picture.wrong.iter().for_each(output::report);
         }
@@ -147,9 +150,9 @@ struct Nodes<'a>(&'a Picture<'a>);
 
 impl Serialize for Nodes<'_> {
     fn serialize<S: Serializer>(&self, out: S) -> std::result::Result<S::Ok, S::Error> {
-        let Picture { family, shown, measured, .. } = self.0;
+        let Picture { family, shown, measured, catalog, .. } = self.0;
         let ids = family.lineage.depth_first().map(|(_, id)| id).filter(|id| shown.contains(id));
-        out.collect_seq(ids.map(|id| node(&family.lineage, id, measured.get(&id))))
+        out.collect_seq(ids.map(|id| node(&family.lineage, id, measured.get(&id), *catalog)))
     }
 }
 
@@ -222,8 +225,11 @@ impl Picture<'_> {
     }
 
     /// What is shown, as a hierarchy of its own.
-    fn part(&self) -> Result<Lineage> {
+    fn part(&self) -> Result<Cow<'_, Lineage>> {
         let whole = &self.family.lineage;
+        if self.shown.len() == whole.len() {
+            return Ok(Cow::Borrowed(whole));
+        }
         let mut part = Lineage::new();
         for (_, id) in whole.depth_first().filter(|(_, id)| self.shown.contains(id)) {
             let Some(node) = whole.get(id) else { continue };
@@ -233,7 +239,7 @@ impl Picture<'_> {
                 part.set_current(Some(new))?;
             }
         }
-        Ok(part)
+        Ok(Cow::Owned(part))
     }
 
     fn text(&self, args: &TreeArgs) -> Result<String> {
@@ -242,7 +248,10 @@ impl Picture<'_> {
         let lines: Vec<(String, Option<&Sizes>)> = rows(&part, style)
             .into_iter()
             .map(|row| {
-                let id = part.get(row.id).and_then(|n| self.family.lineage.find(&n.name));
+                let id = match &part {
+                    Cow::Borrowed(_) => Some(row.id),
+                    Cow::Owned(part) => part.get(row.id).and_then(|n| self.family.lineage.find(&n.name)),
+                };
                 let figures = id.and_then(|id| self.measured.get(&id));
                 (format!("{}{}", row.prefix, self.label(&part, row.id)), figures)
             })
@@ -280,6 +289,11 @@ impl Picture<'_> {
         Ok(out)
     }
 
+    /// A file name of the hierarchy, for people.
+    fn file(&self, name: &str) -> String {
+        printable(&self.catalog.map_or_else(|| name.to_owned(), |tree| tree.catalog.shown(name)))
+    }
+
     /// Name, what it is, and where.
     fn label(&self, lineage: &Lineage, id: NodeId) -> String {
         let Some(node) = lineage.get(id) else { return String::new() };
@@ -287,9 +301,9 @@ impl Picture<'_> {
         let several = self.catalog.is_some_and(|tree| tree.catalog.record.disks.len() > 1);
         for (disk, storage) in &node.storage {
             let place = match storage {
-                Storage::External { file } => printable(file),
+                Storage::External { file } => self.file(file),
                 Storage::Internal { file, id, .. } => {
-                    format!("internal #{} in {}", printable(id), printable(file))
+                    format!("internal #{} in {}", printable(id), self.file(file))
                 }
             };
             notes.push(if several { format!("{}: {place}", printable(disk)) } else { place });
@@ -374,7 +388,13 @@ impl Picture<'_> {
             };
             let disks = tree.catalog.record.disks.iter();
             return disks
-                .map(|d| json!({ "name": d.name, "active": d.active, "virtual_size": found(&d.active).map(size) }))
+                .map(|d| {
+                    json!({
+                        "name": d.name,
+                        "active": d.active.as_deref().map(|file| tree.catalog.shown(file)),
+                        "virtual_size": found(&d.active).map(size),
+                    })
+                })
                 .collect();
         }
         let heads: Vec<usize> = self
@@ -414,10 +434,10 @@ fn shown(target: &Target, survey: &Survey, family: &Family) -> BTreeSet<NodeId> 
     }
 }
 
-fn node(lineage: &Lineage, id: NodeId, figures: Option<&Sizes>) -> Value {
+fn node(lineage: &Lineage, id: NodeId, figures: Option<&Sizes>, tree: Option<&Tree>) -> Value {
     let Some(node) = lineage.get(id) else { return Value::Null };
     let parent = node.parent.and_then(|p| lineage.get(p)).map(|p| p.name.as_str());
-    let storage = storage_object(&node.storage);
+    let storage = storage_object(tree.map(|tree| &tree.catalog), &node.storage);
     let mut value = json!({
         "name": node.name,
         "kind": match node.kind { Kind::Snapshot => "snapshot", Kind::Head => "head" },
@@ -439,14 +459,4 @@ fn node(lineage: &Lineage, id: NodeId, figures: Option<&Sizes>) -> Value {
         );
     }
     value
-}
-
-/// A name in one printable line. Names that were read from images alone are escaped already.
-fn printable(name: &str) -> String {
-    let plain = |c: char| {
-        !c.is_control()
-            && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    let show = |c: char| if plain(c) { c.to_string() } else { c.escape_default().to_string() };
-    name.chars().map(show).collect()
 }

@@ -318,6 +318,8 @@ fn leaves_and_branches_are_listed_in_full() {
     assert_eq!(names(history.pleach(&["tree", &catalog, "--json", "--from", "s2"])), ["s2", "s3", "vda"]);
     assert_eq!(names(history.pleach(&["tree", &catalog, "--json", "--leaves"])), ["vda"]);
     assert_eq!(names(history.pleach(&["tree", &catalog, "--json", "--roots"])), ["s1"]);
+    let both = history.pleach(&["tree", &catalog, "--json", "--roots", "--leaves"]);
+    assert_eq!(names(both), Vec::<String>::new());
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn every_node_reads_as_it_should_after_every_operation() {
         run(seed);
         return;
     }
-    let histories = if long_mode() { 1000 } else { 6 };
+    let histories = if long_mode() { 1000 } else { 30 };
     let seeds: Vec<u64> = (0x3e0..0x3e0 + histories).collect();
     oracle::in_parallel(&seeds, |&seed| run(seed));
 }
@@ -28,6 +28,7 @@ fn run(seed: u64) {
     let work = WorkDir::new("mixed");
     let disks: Vec<&str> = ["vda", "vdb", "vdc"].into_iter().take(1 + rng.index(3)).collect();
     let mut history = History::new(rng, work.join("tree"), &disks);
+    history.in_part = disks.len() > 1 && rng.chance(30);
     history.check();
     for n in 0..OPERATIONS {
         operation(&mut history, rng, n);
@@ -58,7 +59,12 @@ fn operation(history: &mut History, rng: &mut Rng, n: usize) {
                 2 => &kinds,
                 _ => &[],
             };
-            history.snapshot(&fresh, flags);
+            if history.in_part && rng.chance(50) {
+                let some: Vec<String> = history.disks.iter().filter(|_| rng.chance(60)).cloned().collect();
+                history.snapshot_of(&fresh, &some);
+            } else {
+                history.snapshot(&fresh, flags);
+            }
         }
         40..62 => history.revert(&name, rng.chance(50).then_some(&fresh)),
         62..84 => {

@@ -315,3 +315,63 @@ fn every_image_of_a_tree_leads_to_it_wherever_it_lies() {
     assert!(listing(&here).is_empty());
     assert!(!there.join(".pleach").exists() && !here.join(".pleach").exists());
 }
+
+#[test]
+fn what_is_printed_is_printable_and_names_the_files() {
+    let work = WorkDir::new("printable");
+    let name = "a%41\u{1b}[31m\n\u{202e}b.qcow2";
+    qemu_img_in(&work, &["create", "-q", "-f", "qcow2", "x", "3M"]);
+    fs::rename(work.join("x"), work.join(name)).unwrap();
+    let plain = "c%41.qcow2";
+    qemu_img_in(&work, &["create", "-q", "-f", "qcow2", plain, "3M"]);
+    let outcome = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pleach"));
+        command.current_dir(&*work).args(args);
+        let outcome = Running::start(command).finish(Duration::from_secs(60));
+        let said = format!("{}{}", outcome.stdout, outcome.stderr);
+        assert!(said.chars().all(|c| c == '\n' || !c.is_control() && c != '\u{202e}'), "{outcome}");
+        outcome
+    };
+    let odd = format!("./{name}");
+    outcome(&["init", "vm", "--disk", &format!("vda={odd}"), "--disk", &format!("vdb={plain}")]);
+    outcome(&["snapshot", ".", "s\u{1b}", "-m", "\u{1b}c\nx"]);
+    for args in [
+        &["tree", "."][..],
+        &["tree", ".", "--dot"],
+        &["check", "."],
+        &["scan", "."],
+        &["show", ".", "s\u{1b}"],
+        &["note", ".", "s\u{1b}"],
+        &["revert", ".", "s\u{1b}", "-n"],
+        &["delete", ".", "s\u{1b}", "-n"],
+        &["info", &odd],
+        &["map", &odd],
+        &["compact", &odd, "-n"],
+        &["info", "no\u{1b}"],
+        &["merge", &odd, "--into", &odd],
+    ] {
+        outcome(args);
+    }
+    let tree = json(&work, "tree .");
+    assert_eq!(tree["nodes"][0]["storage"]["vdb"]["file"], plain, "{tree}");
+    assert!(tree["disks"][1]["active"].as_str().unwrap().starts_with("c%41"), "{tree}");
+}
+
+#[test]
+fn other_names_of_a_file_that_goes_are_warned_of() {
+    let work = WorkDir::new("links");
+    for dir in ["a", "b"] {
+        let dir = work.join(dir);
+        fs::create_dir(&dir).unwrap();
+        qemu_img_in(&dir, &["create", "-q", "-f", "qcow2", "A.qcow2", "1M"]);
+        qemu_img_in(&dir, &["create", "-q", "-f", "qcow2", "-b", "A.qcow2", "-F", "qcow2", "B.qcow2"]);
+        fs::hard_link(dir.join("A.qcow2"), work.join(dir.file_name().unwrap()).with_extension("link"))
+            .unwrap();
+    }
+    done(&work, "init vm --disk vda=b/B.qcow2");
+    for dir in ["a", "b"] {
+        let outcome = done(&work, &format!("delete {dir} A -n --json"));
+        assert!(outcome.stderr.contains("2 hard links"), "{outcome}");
+        assert!(outcome.stdout.contains("2 hard links"), "{outcome}");
+    }
+}

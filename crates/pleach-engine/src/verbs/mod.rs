@@ -462,7 +462,10 @@ impl<'a> Draft<'a> {
         }
         let plain = |c: char| c.is_alphanumeric() || "._+-".contains(c);
         let fine = !word.is_empty() && word.len() <= 100 && word.chars().all(plain);
-        let base = if fine { format!("{root}.{word}") } else { format!("{root}.1") };
+        let number = |end: &str| end.chars().all(|c| c.is_ascii_digit() || c == '-');
+        let numbered = root.rsplit_once('.').filter(|(rest, end)| !fine && !rest.is_empty() && number(end));
+        let base =
+            if fine { format!("{root}.{word}") } else { format!("{}.1", numbered.map_or(root, |r| r.0)) };
         let taken = |name: &str| {
             let path = dir.join(format!("{name}.qcow2"));
             let real = self.real(&path).unwrap_or_else(|_| path.clone());

@@ -31,7 +31,7 @@
 //! end of another branch.
 
 use alloc::borrow::ToOwned;
-use alloc::collections::{BTreeMap, BTreeSet};
+use alloc::collections::BTreeSet;
 use alloc::string::String;
 use alloc::vec::Vec;
 
@@ -224,11 +224,12 @@ impl NodeRecord {
 
 fn field(other: &[String], key: &str) -> Option<Vec<String>> {
     let mut lines = other.iter().filter_map(|line| words(line).ok());
-    lines.find(|words| words.first().is_some_and(|first| first == key)).map(|mut all| all.split_off(1))
+    let found = lines.find(|words| words.first().is_some_and(|first| first == key))?;
+    Some(found.into_iter().skip(1).map(|word| word.into_owned()).collect())
 }
 
 fn set_field(other: &mut Vec<String>, key: &str, values: &[&str]) {
-    other.retain(|line| words(line).ok().and_then(|w| w.into_iter().next()).as_deref() != Some(key));
+    other.retain(|line| words(line).ok().is_none_or(|w| w.first().is_none_or(|first| first != key)));
     if !values.is_empty() {
         let mut line = String::new();
         put(&mut line, key);
@@ -275,7 +276,16 @@ impl Record {
     pub fn files(&self) -> BTreeSet<&str> {
         let active = self.disks.iter().filter_map(|disk| disk.active.as_deref());
         let stored = self.nodes.iter().flat_map(|n| &n.storage).chain(&self.forgotten);
-        active.chain(stored.map(|(_, s)| s.file())).collect()
+        let mut all: BTreeSet<&str> = active.collect();
+        let mut last = "";
+        for (_, storage) in stored {
+            // Many states lie in one file.
+            if storage.file() != last {
+                last = storage.file();
+                all.insert(last);
+            }
+        }
+        all
     }
 
     /// Changes every file name for which `new` has another one.
@@ -299,55 +309,85 @@ impl Record {
     /// # Errors
     /// What makes the record unsound; nothing for one that was parsed.
     pub fn lineage(&self) -> Result<(Lineage, Vec<NodeId>), RecordError> {
-        let mut index: BTreeMap<&str, usize> = BTreeMap::new();
-        for (at, node) in self.nodes.iter().enumerate() {
-            if index.insert(&node.name, at).is_some() {
-                return Err(LineageError::DuplicateName { name: node.name.clone() }.into());
-            }
-        }
-        let mut lineage = Lineage::new();
+        let parents = self.parents()?;
+        let mut nodes: Vec<Node> = Vec::with_capacity(self.nodes.len());
         let mut ids: Vec<Option<NodeId>> = alloc::vec![None; self.nodes.len()];
+        let mut path = Vec::new();
         for start in 0..self.nodes.len() {
             // Up to a node that has its id, or a root; then back down.
-            let mut path = Vec::new();
             let mut at = Some(start);
             while let Some(here) = at.filter(|&i| ids.get(i).copied().flatten().is_none()) {
-                let Some(node) = self.nodes.get(here) else { break };
-                if path.len() > self.nodes.len() {
-                    return Err(RecordError::Cycle { name: node.name.clone() });
-                }
                 path.push(here);
-                at = match &node.parent {
-                    None => None,
-                    Some(parent) => {
-                        Some(*index.get(parent.as_str()).ok_or_else(|| RecordError::Dangling {
-                            node: node.name.clone(),
-                            what: "the parent",
-                            name: parent.clone(),
-                        })?)
-                    }
-                };
+                at = parents.get(here).copied().flatten();
             }
             let mut parent = at.and_then(|i| ids.get(i).copied().flatten());
-            for here in path.into_iter().rev() {
-                let Some(node) = self.nodes.get(here) else { continue };
-                let id = lineage.insert(node.with_parent(parent))?;
-                if let Some(slot) = ids.get_mut(here) {
-                    *slot = Some(id);
-                }
+            for here in path.drain(..).rev() {
+                let (Some(node), Some(slot)) = (self.nodes.get(here), ids.get_mut(here)) else { continue };
+                let id = NodeId(u32::try_from(nodes.len()).map_err(|_| LineageError::Full)?);
+                nodes.push(node.with_parent(parent));
+                *slot = Some(id);
                 parent = Some(id);
             }
         }
-        let current = self.current.as_ref().map(|name| {
-            lineage.find(name).ok_or_else(|| RecordError::Dangling {
-                node: "current".to_owned(),
-                what: "the node",
-                name: name.clone(),
-            })
-        });
-        let current = current.transpose()?;
+        let mut lineage = Lineage::of_parents_first(nodes);
+        let current = self.current.as_ref().and_then(|name| lineage.find(name));
         lineage.set_current(current)?;
         Ok((lineage, ids.into_iter().flatten().collect()))
+    }
+
+    /// The place of each node's parent among the nodes, if the record is sound as far as nodes go.
+    fn parents(&self) -> Result<Vec<Option<usize>>, RecordError> {
+        let mut index: Vec<(&str, usize)> =
+            self.nodes.iter().enumerate().map(|(at, node)| (node.name.as_str(), at)).collect();
+        index.sort_unstable();
+        let twice = index.windows(2).find_map(|pair| match pair {
+            [(one, _), (two, _)] if one == two => Some(*one),
+            _ => None,
+        });
+        if let Some(name) = twice {
+            return Err(LineageError::DuplicateName { name: name.to_owned() }.into());
+        }
+        let find = |name: &str| {
+            let at = index.binary_search_by_key(&name, |(other, _)| other).ok();
+            at.and_then(|at| index.get(at)).map(|(_, place)| *place)
+        };
+        let dangling = |node: &str, what, name: &str| RecordError::Dangling {
+            node: node.to_owned(),
+            what,
+            name: name.to_owned(),
+        };
+        let mut parents = Vec::with_capacity(self.nodes.len());
+        let mut before: Option<&str> = None;
+        for (at, node) in self.nodes.iter().enumerate() {
+            parents.push(match &node.parent {
+                None => None,
+                // Most nodes stand on the one before.
+                Some(parent) if Some(parent.as_str()) == before => at.checked_sub(1),
+                Some(parent) => Some(find(parent).ok_or_else(|| dangling(&node.name, "the parent", parent))?),
+            });
+            before = Some(&node.name);
+        }
+        if let Some(current) = self.current.as_deref().filter(|current| find(current).is_none()) {
+            return Err(dangling("current", "the node", current));
+        }
+        // Where the walk that has seen a node began.
+        let mut seen: Vec<Option<usize>> = alloc::vec![None; self.nodes.len()];
+        for start in 0..self.nodes.len() {
+            let mut at = Some(start);
+            while let Some(here) = at {
+                let Some(slot) = seen.get_mut(here) else { break };
+                match *slot {
+                    Some(walk) if walk == start => {
+                        let name = self.nodes.get(here).map(|node| node.name.clone()).unwrap_or_default();
+                        return Err(RecordError::Cycle { name });
+                    }
+                    Some(_) => break,
+                    None => *slot = Some(start),
+                }
+                at = parents.get(here).copied().flatten();
+            }
+        }
+        Ok(parents)
     }
 
     /// Whether the record is sound; see there.
@@ -373,6 +413,6 @@ impl Record {
                 }
             }
         }
-        self.lineage().map(drop)
+        self.parents().map(drop)
     }
 }

@@ -5,6 +5,8 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt::Write;
 
+use smallvec::SmallVec;
+
 use super::words::{put, words};
 use super::{DiskRecord, FIRST, NodeRecord, Record, RecordError, VERSION};
 use crate::{Kind, Storage};
@@ -13,7 +15,7 @@ use crate::{Kind, Storage};
 pub fn raw_files(bytes: &[u8]) -> Vec<String> {
     let lines = bytes.split(|&b| b == b'\n').filter(|line| line.starts_with(b"raw "));
     let all = lines.filter_map(|line| words(str::from_utf8(line).ok()?).ok());
-    all.filter_map(|words| <[String; 2]>::try_from(words).ok()).map(|[_, file]| file).collect()
+    all.filter(|words| words.len() == 2).filter_map(|mut words| Some(words.pop()?.into_owned())).collect()
 }
 
 impl Record {
@@ -110,35 +112,36 @@ impl Record {
     /// A line in the first column.
     fn item(&mut self, line: &str) -> Result<Item, &'static str> {
         let words = words(line)?;
-        let mut words = words.into_iter();
-        let key = words.next().unwrap_or_default();
-        let one = |mut words: alloc::vec::IntoIter<String>| match (words.next(), words.next()) {
-            (Some(word), None) => Ok(word),
+        let one = || match words.as_slice() {
+            [_, word] => Ok(word.clone().into_owned()),
             _ => Err("must have one word behind the first"),
         };
-        Ok(match key.as_str() {
+        Ok(match words.first().map_or("", |key| &**key) {
             "tree" => {
-                self.tree = one(words)?;
+                self.tree = one()?;
                 Item::Tree
             }
             "current" => {
-                self.current = Some(one(words)?);
+                self.current = Some(one()?);
                 Item::Tree
             }
             "disk" => {
-                self.disks.push(DiskRecord::new(one(words)?, None));
+                self.disks.push(DiskRecord::new(one()?, None));
                 Item::Disk
             }
-            "snapshot" | "head" => {
-                let kind = if key == "head" { Kind::Head } else { Kind::Snapshot };
-                self.nodes.push(NodeRecord::new(one(words)?, kind));
+            "snapshot" => {
+                self.nodes.push(NodeRecord::new(one()?, Kind::Snapshot));
                 Item::Node
             }
-            "raw" if words.len() == 1 => {
-                self.raw.extend(words.next());
+            "head" => {
+                self.nodes.push(NodeRecord::new(one()?, Kind::Head));
+                Item::Node
+            }
+            "raw" if words.len() == 2 => {
+                self.raw.insert(one()?);
                 Item::Tree
             }
-            "forgotten" if words.len() == 0 => Item::Forgotten,
+            "forgotten" if words.len() == 1 => Item::Forgotten,
             _ => {
                 self.other.push(line.to_owned());
                 Item::Other
@@ -153,13 +156,13 @@ impl Record {
             Item::Other => self.other.push("  ".to_owned() + line),
             Item::Forgotten => {
                 let words = words(line)?;
-                let words: Vec<&str> = words.iter().map(String::as_str).collect();
+                let words: SmallVec<[&str; 6]> = words.iter().map(|word| &**word).collect();
                 self.forgotten.push(storage(&words).ok_or("only storage can be forgotten")?);
             }
             Item::Disk => {
                 let Some(disk) = self.disks.last_mut() else { return Ok(()) };
                 match words(line)?.as_slice() {
-                    [key, active] if key == "active" => disk.active = Some(active.clone()),
+                    [key, active] if key == "active" => disk.active = Some(active.clone().into_owned()),
                     _ => disk.other.push(line.to_owned()),
                 }
             }
@@ -207,7 +210,7 @@ enum Item {
 impl NodeRecord {
     fn line(&mut self, line: &str) -> Result<(), &'static str> {
         let words = words(line)?;
-        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let words: SmallVec<[&str; 6]> = words.iter().map(|word| &**word).collect();
         match *words {
             ["parent", parent] => self.parent = Some(parent.to_owned()),
             ["parent", parent, "guessed"] => {

@@ -1,17 +1,22 @@
 //! Words of a line: plain where they can be, in quotes where not.
 
-use alloc::borrow::ToOwned;
+use alloc::borrow::Cow;
 use alloc::string::String;
-use alloc::vec::Vec;
 
-/// Whether a character stands for itself outside quotes.
-fn is_plain(c: char) -> bool {
-    c.is_ascii_alphanumeric() || "._/+:@%=,-".contains(c)
+use smallvec::SmallVec;
+
+/// The words of a line.
+pub(super) type Words<'a> = SmallVec<[Cow<'a, str>; 6]>;
+
+/// Whether a byte stands for itself outside quotes.
+fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric()
+        || matches!(byte, b'.' | b'_' | b'/' | b'+' | b':' | b'@' | b'%' | b'=' | b',' | b'-')
 }
 
 /// Writes one word.
 pub(super) fn put(out: &mut String, word: &str) {
-    if !word.is_empty() && word.chars().all(is_plain) {
+    if !word.is_empty() && word.bytes().all(is_plain) {
         out.push_str(word);
         return;
     }
@@ -27,19 +32,19 @@ pub(super) fn put(out: &mut String, word: &str) {
 }
 
 /// The words of one line.
-pub(super) fn words(line: &str) -> Result<Vec<String>, &'static str> {
-    let mut found = Vec::new();
+pub(super) fn words(line: &str) -> Result<Words<'_>, &'static str> {
+    let mut found = Words::new();
     let mut rest = line.trim_start_matches(' ');
     while !rest.is_empty() {
         let (word, left) = match rest.strip_prefix('"') {
-            Some(quoted) => unquote(quoted)?,
+            Some(quoted) => unquote(quoted).map(|(word, left)| (Cow::Owned(word), left))?,
             None => {
                 let end = rest.find(' ').unwrap_or(rest.len());
                 let (word, left) = rest.split_at(end);
                 if word.contains('"') {
                     return Err("a quote inside a word");
                 }
-                (word.to_owned(), left)
+                (Cow::Borrowed(word), left)
             }
         };
         if !left.is_empty() && !left.starts_with(' ') {

@@ -77,7 +77,7 @@ pub(crate) fn documents(catalog: &Catalog, domain: Option<&Path>) -> Result<Expo
 
 /// The catalog that a target means, as the images bear it out; one that would be made where there is none.
 pub(crate) fn catalog_of(target: &Path) -> Result<Catalog> {
-    Ok(Target::of(target, &[])?.tree_or_new(&Trust::default())?.catalog)
+    Ok(Target::of(target, &[])?.tree_or_new(&Trust::default())?.catalog.clone())
 }
 
 fn machine(export: &Export, record: &Record) -> String {

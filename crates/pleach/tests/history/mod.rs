@@ -105,6 +105,8 @@ pub(crate) struct History {
     pub(crate) model: Model,
     pub(crate) disks: Vec<String>,
     pub(crate) log: Vec<String>,
+    /// Snapshots may be of some disks only.
+    pub(crate) in_part: bool,
     /// Digests of states, by the files that they are read from, as these were then.
     seen: BTreeMap<String, Digest>,
     /// Images in which qemu-img has found nothing wrong, as they were then.
@@ -148,7 +150,7 @@ impl History {
         let catalog = text(&dir.join(".pleach/vm.tree")).to_owned();
         let disks = disks.iter().map(|&d| d.to_owned()).collect();
         let (seen, clean) = (BTreeMap::new(), BTreeSet::new());
-        Self { dir, catalog, model, disks, log: Vec::new(), seen, clean, shown: None }
+        Self { dir, catalog, model, disks, log: Vec::new(), seen, clean, shown: None, in_part: false }
     }
 
     /// The machine writes something.
@@ -165,13 +167,24 @@ impl History {
         self.model.take(name, &self.disks.clone());
     }
 
+    /// A snapshot of some disks, or of all if none is named.
+    pub(crate) fn snapshot_of(&mut self, name: &str, disks: &[String]) {
+        let catalog = self.catalog.clone();
+        let named = disks.iter().flat_map(|disk| ["--disk", disk.as_str()]);
+        let args: Vec<&str> = ["snapshot", &catalog, name].into_iter().chain(named).collect();
+        self.pleach(&args);
+        let all = self.disks.clone();
+        self.model.take(name, if disks.is_empty() { &all } else { disks });
+    }
+
     pub(crate) fn revert(&mut self, name: &str, save: Option<&str>) {
         let catalog = self.catalog.clone();
         match save {
             None => self.pleach(&["revert", &catalog, name, "--discard", "--yes"]),
             Some(save) => {
                 let done = self.pleach(&["revert", &catalog, name, "--save-as", save, "--yes"]);
-                self.model.take(save, &self.disks.clone());
+                let disks: Vec<String> = self.model.nodes[name].content.keys().cloned().collect();
+                self.model.take(save, &disks);
                 done
             }
         };
@@ -180,7 +193,36 @@ impl History {
 
     pub(crate) fn delete(&mut self, name: &str, flags: &[&str]) {
         let catalog = self.catalog.clone();
-        self.pleach(&[&["delete", &catalog, name, "--yes"], flags].concat());
+        let args = [&["delete", &catalog, name, "--yes"], flags].concat();
+        if self.in_part && flags.iter().any(|flag| flag.starts_with("--children")) {
+            // A disk that took no part in the node that stays goes on, or back to what it stood on.
+            self.shown = None;
+            self.log.push(args.join(" "));
+            let outcome = Tool::new(PLEACH).run(&args);
+            if outcome.code == Some(6) {
+                self.log.push("(refused)".to_owned());
+                return;
+            }
+            assert_eq!(outcome.code, Some(0), "{outcome}\nafter:\n{}", self.log.join("\n"));
+            let before = self.model.clone();
+            self.model.delete_branch(name, flags == ["--children"]);
+            for disk in self.disks.clone() {
+                let active = self.active(&disk);
+                let digest = oracle::digest(&active, Format::Qcow2);
+                let states = before.nodes.values().filter_map(|node| node.content.get(&disk));
+                let to = self.model.current.as_ref().and_then(|c| self.model.nodes.get(c));
+                if to.is_some_and(|to| !to.content.contains_key(&disk)) {
+                    assert!(
+                        states.chain([&before.heads[&disk]]).any(|d| *d == digest),
+                        "{}",
+                        self.log.join("\n")
+                    );
+                    self.model.heads.insert(disk, digest);
+                }
+            }
+            return;
+        }
+        self.pleach(&args);
         match flags {
             ["--children"] => self.model.delete_branch(name, true),
             ["--children-only"] => self.model.delete_branch(name, false),
