@@ -121,7 +121,10 @@ impl Error {
             ImageError::Unsupported { .. } | ImageError::DataFile { .. } => ErrorKind::Unsupported,
             ImageError::NoSnapshot { .. } | ImageError::NoBitmap { .. } => ErrorKind::NotFound,
             ImageError::NoDataFile | ImageError::AmbiguousSnapshot { .. } => ErrorKind::Usage,
-            ImageError::Format { source: FormatError::UnknownFeature { .. }, .. } => ErrorKind::Unsupported,
+            ImageError::Format {
+                source: FormatError::UnknownFeature { .. } | FormatError::HeaderFull { .. },
+                ..
+            } => ErrorKind::Unsupported,
             // A count that does not fit its width: nothing is damaged, the image is just made for fewer references.
             ImageError::Alloc(AllocError::Format(FormatError::OutOfRange { field: "refcount", .. })) => {
                 ErrorKind::Unsupported

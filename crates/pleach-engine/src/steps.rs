@@ -5,6 +5,7 @@
 //! from the files to be done; so after a crash [`resume`] goes on where it stopped. As long as nothing but new files and
 //! new internal snapshots has been made, [`undo`] takes it back, and so does an error.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use pleach_format::{BackingFile, Version};
@@ -238,6 +239,17 @@ impl Step {
         Self::Bitmap { path, name: hex(name), granularity }
     }
 
+    /// The snapshot that it makes, applies, deletes or renames.
+    fn inner(&self) -> Option<&Inner> {
+        match self {
+            Self::Take { inner, .. }
+            | Self::Apply { inner }
+            | Self::Drop { inner }
+            | Self::Relabel { inner, .. } => Some(inner),
+            _ => None,
+        }
+    }
+
     /// Whether what it has made can be taken away again.
     fn can_be_undone(&self) -> bool {
         matches!(
@@ -362,7 +374,7 @@ pub(crate) fn run(disk: &dyn Disk, catalog: &Path, mut steps: Steps, watch: &Wat
         return Ok(Outcome::default());
     }
     begin(disk, &path, &steps.encode(&base)?, &base)?;
-    let mut journal = OpenSteps { disk, path: &path, base: &base, steps: &mut steps };
+    let mut journal = OpenSteps::of(disk, &path, &base, &mut steps);
     let error = match journal.go_on(watch, false) {
         Ok(outcome) => {
             end(disk, &path)?;
@@ -385,7 +397,7 @@ pub(crate) fn run(disk: &dyn Disk, catalog: &Path, mut steps: Steps, watch: &Wat
 pub(crate) fn resume(disk: &dyn Disk, path: &Path, watch: &Watch) -> Result<String> {
     let (mut steps, base) = reopen(disk, path)?;
     let what = steps.what.clone();
-    OpenSteps { disk, path, base: &base, steps: &mut steps }.go_on(watch, true)?;
+    OpenSteps::of(disk, path, &base, &mut steps).go_on(watch, true)?;
     end(disk, path)?;
     Ok(what)
 }
@@ -397,7 +409,7 @@ pub(crate) fn resume(disk: &dyn Disk, path: &Path, watch: &Watch) -> Result<Stri
 pub(crate) fn undo(disk: &dyn Disk, path: &Path) -> Result<String> {
     let (mut steps, base) = reopen(disk, path)?;
     let what = steps.what.clone();
-    OpenSteps { disk, path, base: &base, steps: &mut steps }.take_back()?;
+    OpenSteps::of(disk, path, &base, &mut steps).take_back()?;
     end(disk, path)?;
     Ok(what)
 }
@@ -457,9 +469,16 @@ struct OpenSteps<'a> {
     path: &'a Path,
     base: &'a Path,
     steps: &'a mut Steps,
+    /// Whether the step that is not done may have changed something: one that found its image damaged has not.
+    touched: Cell<bool>,
 }
 
-impl OpenSteps<'_> {
+impl<'a> OpenSteps<'a> {
+    /// A journal of which nobody knows how far its next step went.
+    fn of(disk: &'a dyn Disk, path: &'a Path, base: &'a Path, steps: &'a mut Steps) -> Self {
+        Self { disk, path, base, steps, touched: Cell::new(true) }
+    }
+
     /// Does what is left. With `again` the first of it may have been done, or half done.
     fn go_on(&mut self, watch: &Watch, resumed: bool) -> Result<Outcome> {
         let mut total = Outcome::default();
@@ -493,7 +512,8 @@ impl OpenSteps<'_> {
 
     /// The steps that are done, and the one that may be half done.
     fn begun(&self) -> &[Step] {
-        self.steps.steps.get(..=self.steps.done).unwrap_or(&self.steps.steps)
+        let end = self.steps.done + usize::from(self.touched.get());
+        self.steps.steps.get(..end).unwrap_or(&self.steps.steps)
     }
 
     /// Removes what is left of new images under the names that they had until they were whole.
@@ -511,10 +531,7 @@ impl OpenSteps<'_> {
     /// damage is not written to.
     fn mend(&self) -> Result<()> {
         for step in self.begun() {
-            if let Step::Take { inner, .. }
-            | Step::Apply { inner }
-            | Step::Drop { inner }
-            | Step::Relabel { inner, .. } = step
+            if let Some(inner) = step.inner()
                 && here(self.disk, &inner.image)
             {
                 mend(self.disk, &inner.image.path)?;
@@ -662,6 +679,18 @@ impl OpenSteps<'_> {
 
     fn step(&self, step: &Step, watch: &Watch) -> Result<Outcome> {
         let disk = self.disk;
+        self.touched.set(false);
+        let inside = |inner: &Inner| -> Result<Internal> {
+            let image = self.inside(inner)?;
+            if let Step::Apply { .. } = step {
+                image.check_apply(disk, &self.survey()?)?;
+            }
+            self.touched.set(true);
+            Ok(image)
+        };
+        if step.inner().is_none() {
+            self.touched.set(true);
+        }
         let none = Outcome::default();
         match step {
             Step::Overlay { new } => {
@@ -676,7 +705,7 @@ impl OpenSteps<'_> {
             }
             Step::Copy { new, from } => self.copy(new, from, watch),
             Step::Take { inner, date } => {
-                let image = self.inside(inner)?;
+                let image = inside(inner)?;
                 let snapshot =
                     NewSnapshot { name: unhex(&inner.name), date: (*date, 0), ..NewSnapshot::default() };
                 let id = image.take(&snapshot)?;
@@ -688,20 +717,19 @@ impl OpenSteps<'_> {
                 Ok(none)
             }
             Step::Apply { inner } => {
-                let image = self.inside(inner)?;
-                image.check_apply(disk, &self.survey()?)?;
+                let image = inside(inner)?;
                 image.apply(&inner.id())?;
                 image.close()?;
                 Ok(none)
             }
             Step::Drop { inner } => {
-                let image = self.inside(inner)?;
+                let image = inside(inner)?;
                 image.delete(&inner.id())?;
                 image.close()?;
                 Ok(none)
             }
             Step::Relabel { inner, to } => {
-                let image = self.inside(inner)?;
+                let image = inside(inner)?;
                 image.rename(&inner.id(), &unhex(to))?;
                 image.close()?;
                 Ok(none)

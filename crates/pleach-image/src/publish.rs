@@ -168,6 +168,22 @@ pub fn set_bitmaps<E: From<ImageError>>(
     change_header(store, |head| rewrite_bitmaps(&head.bytes, &head.header, new), record)
 }
 
+/// Whether a bitmaps extension, of which there is none yet, has room in the header and can be put there by steps. Nothing is
+/// written.
+///
+/// # Errors
+/// [`FormatError::HeaderFull`], as [`ImageError::Format`]; a damaged header; what the system says.
+pub(crate) fn bitmaps_fit(store: &dyn Store) -> Result<bool, ImageError> {
+    let head = read_head(store)?;
+    let any = BitmapsExtension {
+        count: 1,
+        directory_size: 32,
+        directory_offset: head.header.geometry().cluster_size(),
+    };
+    let change = rewrite_bitmaps(&head.bytes, &head.header, Some(&any));
+    Ok(matches!(change.map_err(ImageError::format("header", None))?, HeaderChange::Steps(_)))
+}
+
 /// Carries out what `plan` says about the header.
 fn change_header<E: From<ImageError>>(
     store: &dyn Store,

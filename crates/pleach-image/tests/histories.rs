@@ -105,6 +105,7 @@ impl<'a> Past<'a> {
         let choice = self.rng.below(12);
         self.what = format!("{}: step {number}: {choice}", self.options);
         match choice {
+            9 if !v2 => self.stock_zeros(),
             10 | 11 => self.compact(),
             _ => {
                 let writer =
@@ -182,7 +183,8 @@ impl<'a> Past<'a> {
                 }
             }
             2 => {
-                writer.write_zeroes(at, len, true).unwrap_or_else(|e| self.fail(&e));
+                let unmap = self.rng.chance(50);
+                writer.write_zeroes(at, len, unmap).unwrap_or_else(|e| self.fail(&e));
                 self.active[range].fill(0);
             }
             3 | 4 => {
@@ -200,6 +202,18 @@ impl<'a> Past<'a> {
                 writer.write_at(at, &vec![byte; len as usize]).unwrap_or_else(|e| self.fail(&e));
                 self.active[range].fill(byte);
             }
+        }
+    }
+
+    /// QEMU lets entries that it makes zeros keep their clusters, which snapshots may read.
+    fn stock_zeros(&mut self) {
+        let size = self.active.len() as u64;
+        for _ in 0..3 {
+            let at = self.rng.below(size / 512) * 512;
+            let len = (self.rng.between(1, 6 * self.cluster / 512) * 512).min(size - at);
+            let zero = format!("write -q -z {at} {len}");
+            oracle::qemu_io(&self.path(), Format::Qcow2, &[&zero]);
+            self.active[at as usize..(at + len) as usize].fill(0);
         }
     }
 

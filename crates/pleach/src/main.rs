@@ -42,15 +42,12 @@ fn main() -> ExitCode {
         Ok(command) => command,
         Err(Failure::Help(text)) => {
             output::print(&text);
-            return ExitCode::SUCCESS;
+            return output::finish(ExitCode::SUCCESS);
         }
         Err(Failure::Usage { text, json }) => return output::usage(&text, json),
     };
     let (json, result) = run(command);
-    match result {
-        Ok(code) => code,
-        Err(error) => output::failure(&error, json),
-    }
+    output::finish(result.unwrap_or_else(|error| output::failure(&error, json)))
 }
 
 /// Whether JSON is wanted, and what became of a command.

@@ -6,6 +6,7 @@ use std::fmt;
 use std::io::{BufWriter, Seek, Write};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use pleach_engine::{Error, ErrorKind, Result};
 use pleach_image::escape;
@@ -16,10 +17,30 @@ use tempfile::SpooledTempFile;
 /// Output up to this length is kept in memory.
 const SPOOL_BYTES: usize = 16 << 20;
 
-/// Writes lines to stdout, whatever names they hold. A reader that has gone away is no failure of ours.
+/// What kept output from being written, the first time.
+static LOST: OnceLock<std::io::Error> = OnceLock::new();
+
+/// Remembers that output was lost. A reader that has gone away is no failure of ours.
+fn written(result: std::io::Result<()>) {
+    if let Err(error) = result
+        && error.kind() != std::io::ErrorKind::BrokenPipe
+    {
+        // The first one says why.
+        let _ = LOST.set(error);
+    }
+}
+
+/// The exit code of the process, for a command that ended with `code`: lost output is no success.
+pub(crate) fn finish(code: ExitCode) -> ExitCode {
+    let Some(error) = LOST.get() else { return code };
+    report(&Error::new(ErrorKind::Failed, format!("cannot write to stdout: {error}")));
+    if code == ExitCode::SUCCESS { ExitCode::from(exit_code(ErrorKind::Failed)) } else { code }
+}
+
+/// Writes lines to stdout, whatever names they hold.
 pub(crate) fn print(text: &str) {
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(lines(text).as_bytes()).and_then(|()| out.flush());
+    written(out.write_all(lines(text).as_bytes()).and_then(|()| out.flush()));
 }
 
 /// A line on stderr.
@@ -72,11 +93,11 @@ impl Spool {
         self.0.write_fmt(text).map_err(Self::failed)
     }
 
-    /// Writes all of it to stdout. A reader that has gone away is no failure of ours.
+    /// Writes all of it to stdout.
     pub(crate) fn print(mut self) -> Result<()> {
         self.0.rewind().map_err(Self::failed)?;
         let mut out = std::io::stdout().lock();
-        let _ = std::io::copy(&mut self.0, &mut out).and_then(|_| out.flush());
+        written(std::io::copy(&mut self.0, &mut out).and_then(|_| out.flush()));
         Ok(())
     }
 
@@ -85,12 +106,11 @@ impl Spool {
     }
 }
 
-/// Writes one JSON document to stdout while it is being made. A reader that has gone away is no failure of ours.
+/// Writes one JSON document to stdout while it is being made.
 pub(crate) fn stream(value: &impl Serialize) {
     let mut out = BufWriter::new(std::io::stdout().lock());
-    let _ =
-        serde_json::to_writer_pretty(&mut out, value).map_err(Into::into).and_then(|()| out.write_all(b"\n"));
-    let _ = out.flush();
+    let all = serde_json::to_writer_pretty(&mut out, value).map_err(std::io::Error::from);
+    written(all.and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()));
 }
 
 /// A message on stderr.

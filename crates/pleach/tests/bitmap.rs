@@ -146,3 +146,21 @@ fn t34_inconsistent_bitmaps() {
     Tool::new(PLEACH).succeed(&["resize", text(&path), "8M"]);
     oracle::check_clean(&path);
 }
+
+/// Where the name of the backing file leaves no room, nothing is written.
+#[test]
+fn without_room_in_the_header_nothing_happens() {
+    let work = WorkDir::new("bitmap");
+    let (base, path) = (work.join("base.raw"), work.join("image.qcow2"));
+    qemu_img(&["create", "-q", "-f", "raw", text(&base), "64k"]);
+    for len in [350, 370, 376] {
+        let name = format!("{}{}", "./".repeat((len - 8) / 2), "base.raw");
+        let options = format!("cluster_size=512,backing_file={name},backing_fmt=raw");
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, text(&path), "64k"]);
+        let before = std::fs::read(&path).unwrap();
+        let done = Tool::new(PLEACH).run(&["bitmap", "add", text(&path), "b"]);
+        assert!(matches!(done.code, Some(1 | 8)), "{len}: {:?} {}", done.code, done.stderr);
+        assert!(std::fs::read(&path).unwrap() == before, "{len}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}

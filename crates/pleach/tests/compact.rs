@@ -8,6 +8,7 @@ use std::time::Duration;
 use pleach_testkit::files::patch;
 use pleach_testkit::oracle::{self, Digest, check, check_clean, qemu_img, qemu_io, text};
 use pleach_testkit::{Format, Tool, WorkDir};
+use serde_json::{Value, json};
 
 const PLEACH: &str = env!("CARGO_BIN_EXE_pleach");
 
@@ -151,6 +152,59 @@ fn copied_flags_are_set_right() {
         qemu_io(&path, Format::Qcow2, &["read -q -P 1 0 64k"]);
         assert_eq!(run("-n")["copied_flags_wrong"], false, "{offset:x}");
     }
+}
+
+/// QEMU lets an entry that becomes zeros keep its cluster, which a snapshot may go on reading.
+#[test]
+fn what_entries_of_zeros_keep_goes_unless_somebody_reads_it() {
+    let work = WorkDir::new("compact");
+    let path = work.join("image.qcow2");
+    for options in ["", "extended_l2=on,cluster_size=16k", "cluster_size=512,refcount_bits=64"] {
+        for more in [&["-y"][..], &["-y", "--zeroes"]] {
+            let _ = fs::remove_file(&path);
+            let options = format!("compat=1.1,{options}");
+            qemu_img(&[
+                "create",
+                "-q",
+                "-f",
+                "qcow2",
+                "-o",
+                options.trim_end_matches(','),
+                text(&path),
+                "2M",
+            ]);
+            qemu_io(&path, Format::Qcow2, &["write -q -P 7 0 2M"]);
+            qemu_img(&["snapshot", "-c", "kept", text(&path)]);
+            // Shared with kept; owned alone; zeros that nothing says are zeros.
+            let ops = [
+                "write -q -z 0 512k",
+                "write -q -P 8 1M 512k",
+                "write -q -z 1M 256k",
+                "write -q -P 0 1600k 64k",
+            ];
+            qemu_io(&path, Format::Qcow2, &ops);
+            let before = states(&path);
+            let plan = |more: &[&str]| {
+                let all = [&["compact", "--json"], more, &[text(&path)]].concat();
+                Tool::new(PLEACH).json(&all)["plan"].clone()
+            };
+            let said = plan(&[&["-n"], &more[1..]].concat());
+            assert_eq!(plan(more), said, "{options} {more:?}");
+            check_clean(&path);
+            assert_eq!(states(&path), before, "{options} {more:?}");
+            assert_eq!(fs::metadata(&path).unwrap().len(), said["size_after"], "{options} {more:?}");
+            let again = plan(&[&["-n"], &more[1..]].concat());
+            assert_eq!((&again["size_after"], &again["zeroed_clusters"]), (&said["size_after"], &json!(0)));
+        }
+    }
+    // One state alone is as short as measured.
+    qemu_img(&["create", "-q", "-f", "qcow2", text(&path), "64M"]);
+    qemu_io(&path, Format::Qcow2, &["write -q -P 3 0 8M", "write -q -z 1M 5M"]);
+    let measured =
+        Tool::new("qemu-img").run(&["measure", "--output=json", "-O", "qcow2", text(&path)]).stdout;
+    let measured: Value = serde_json::from_str(&measured).unwrap();
+    Tool::new(PLEACH).succeed(&["compact", "-y", text(&path)]);
+    assert_eq!(fs::metadata(&path).unwrap().len(), measured["required"]);
 }
 
 /// What a writer with lazy refcounts leaves when it is killed: nothing was counted.

@@ -5,8 +5,9 @@ use pleach_engine::survey::{Survey, Trust};
 use pleach_engine::{ErrorKind, internal::Internal};
 use pleach_image::NewSnapshot;
 use pleach_store::RealDisk;
-use pleach_testkit::WorkDir;
+use pleach_testkit::files::patch;
 use pleach_testkit::oracle::{self, Format, check_clean, info, qemu_img, qemu_io, text};
+use pleach_testkit::{Tool, WorkDir};
 
 fn named(name: &str) -> NewSnapshot {
     NewSnapshot { name: name.into(), date: (1_795_390_348, 0), ..NewSnapshot::default() }
@@ -45,6 +46,37 @@ fn snapshots_are_taken_applied_renamed_and_deleted() {
     check_clean(&path);
     assert_eq!(oracle::digest(&path, Format::Qcow2), digest);
     assert!(info(&path)["snapshots"].is_null());
+}
+
+/// A damaged image is found before anything is written, and nothing is left that others would stumble over.
+#[test]
+fn what_is_refused_leaves_nothing_unfinished() {
+    if !oracle::available() {
+        return;
+    }
+    let work = WorkDir::new("internal");
+    let (bad, good) = (work.join("bad.qcow2"), work.join("good.qcow2"));
+    for path in [&bad, &good] {
+        qemu_img(&["create", "-q", "-f", "qcow2", text(path), "4M"]);
+        qemu_io(path, Format::Qcow2, &["write -q -P 1 0 1M"]);
+    }
+    qemu_img(&["snapshot", "-c", "s", text(&bad)]);
+    let whole = std::fs::read(&bad).unwrap();
+    let run = |args: &[&str]| Tool::new(env!("CARGO_BIN_EXE_pleach")).run(args);
+    // The corrupt bit; a count that is too low.
+    for (at, bytes) in [(79, &[2][..]), ((2 << 16) + 12, &[0, 0])] {
+        patch(&bad, at, bytes);
+        let before = std::fs::read(&bad).unwrap();
+        for args in [&["snapshot", text(&bad), "t", "--internal"][..], &["delete", text(&bad), "s", "-y"]] {
+            let done = run(args);
+            assert!(matches!(done.code, Some(1 | 4)), "{args:?}: {}", done.stderr);
+            assert!(!done.stderr.contains("resume"), "{}", done.stderr);
+            assert!(std::fs::read(&bad).unwrap() == before);
+            assert_eq!(std::fs::read_dir(work.join("")).unwrap().count(), 2);
+        }
+        std::fs::write(&bad, &whole).unwrap();
+    }
+    assert_eq!(run(&["snapshot", text(&good), "t", "--internal"]).code, Some(0));
 }
 
 #[test]

@@ -287,3 +287,15 @@ fn damage_is_refused_and_nothing_half_is_printed() {
     assert_eq!(outcome.code, Some(4), "{outcome}");
     assert_eq!(outcome.json()["error"]["code"], "corrupt", "{outcome}");
 }
+
+#[test]
+fn lost_output_is_no_success() {
+    let work = WorkDir::new("map");
+    qcow2(&work, "a.qcow2", None, "cluster_size=4k", 4096, &["write -q -P 5 0 4M"]);
+    let path = work.join("a.qcow2");
+    for args in [&["map"][..], &["map", "--json"], &["info"], &["check", "--json"]] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let status = std::process::Command::new(PLEACH).args(args).arg(&path).stdout(full).status();
+        assert_eq!(status.unwrap().code(), Some(1), "{args:?}");
+    }
+}

@@ -1,8 +1,9 @@
 //! A few clusters on their way: read, looked at, compressed, placed, written.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
-use pleach_format::{CompressionType, Geometry, GuestCluster, GuestOffset, Version};
+use pleach_format::{CompressionType, FormatError, Geometry, GuestCluster, GuestOffset, Version};
 use pleach_image::{Bulk, Chain, Compressor, Content, ImageError, Piecework};
 use pleach_store::Store;
 
@@ -22,6 +23,41 @@ pub(crate) struct Look<'a> {
     pub(crate) version: Version,
     /// Clusters that are compressed like this are taken over as they are.
     pub(crate) carry: Option<CompressionType>,
+    /// What clusters are compressed with, if they are to be.
+    pub(crate) compressors: Option<&'a Compressors>,
+}
+
+/// Compressors of one type and level, as many as there are at work at the same time: each may need some 20 MiB.
+#[derive(Debug)]
+pub(crate) struct Compressors {
+    compression: CompressionType,
+    level: Option<u32>,
+    free: Mutex<Vec<Compressor>>,
+}
+
+impl Compressors {
+    /// # Errors
+    /// [`FormatError::OutOfRange`] for a level that the type does not have.
+    pub(crate) fn new(compression: CompressionType, level: Option<u32>) -> Result<Self, FormatError> {
+        let first = Compressor::new(compression, level)?;
+        Ok(Self { compression, level, free: Mutex::new(vec![first]) })
+    }
+
+    /// Lets `work` have one.
+    fn with<T>(&self, work: impl FnOnce(&mut Compressor) -> T) -> Result<T, ImageError> {
+        let free = || self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let one = free().pop();
+        let mut one =
+            match one {
+                Some(one) => one,
+                None => Compressor::new(self.compression, self.level).map_err(|source| {
+                    ImageError::Format { structure: "compression level", offset: None, source }
+                })?,
+            };
+        let done = work(&mut one);
+        free().push(one);
+        Ok(done)
+    }
 }
 
 impl Look<'_> {
@@ -52,15 +88,9 @@ pub(crate) struct Batch {
     /// Guest cluster, what becomes of it, and its bytes: in `packed` if it is compressed, else in `bytes`.
     clusters: Vec<(GuestCluster, Content, Range<usize>)>,
     writes: Vec<Write>,
-    compressor: Option<Compressor>,
 }
 
 impl Batch {
-    /// An empty batch, whose clusters will be compressed if there is a compressor.
-    pub(crate) fn new(compressor: Option<Compressor>) -> Self {
-        Self { compressor, ..Self::default() }
-    }
-
     /// Takes the next ranges from the front of `waiting`, whole clusters, `limit` bytes at most.
     pub(crate) fn take(&mut self, waiting: &mut Vec<Range<u64>>, limit: u64) {
         self.ranges.clear();
@@ -124,11 +154,12 @@ impl Batch {
                 let mut item = (index, content, place);
                 if let (Content::Plain | Content::Subclusters { .. }, Some(packed)) = (content, packed) {
                     item = (index, Content::Packed(packed.len()), packed.clone());
-                } else if let (Content::Plain | Content::Subclusters { .. }, Some(compressor)) =
-                    (content, &mut self.compressor)
+                } else if let (Content::Plain | Content::Subclusters { .. }, Some(compressors)) =
+                    (content, look.compressors)
                 {
                     let start = self.packed.len();
-                    if let Some(len) = compressor.append(cluster, &mut self.packed) {
+                    let len = compressors.with(|one| one.append(cluster, &mut self.packed))?;
+                    if let Some(len) = len {
                         item = (index, Content::Packed(len), start..start + len);
                     }
                 }

@@ -17,7 +17,7 @@ use crate::{Error, ErrorKind, Result, Watch};
 /// Guest bytes a batch, where clusters are not larger: half of a small second-level cache, so that what was read is still
 /// there when it is written.
 pub(super) const BATCH: u64 = 256 << 10;
-/// Batches a thread.
+/// Batches a thread; half as many where clusters are larger.
 pub(super) const BATCHES: usize = 4;
 
 /// What is to be gone through, and in which steps.
@@ -48,10 +48,11 @@ impl<'a> Job<'a> {
         write: impl Fn(&mut Batch) -> Result<u64, ImageError> + Sync,
     ) -> Result<u64> {
         let out = self.out;
+        let batches = if self.batch > BATCH { BATCHES / 2 } else { BATCHES };
         let line = Mutex::new(Line {
             job: self,
             place,
-            free: (0..BATCHES * rayon::current_num_threads()).map(|_| new()).collect(),
+            free: (0..batches * rayon::current_num_threads()).map(|_| new()).collect(),
             taken: 0,
             turn: 0,
             looked: BTreeMap::new(),

@@ -50,10 +50,10 @@ fn measure(source: Option<&Chain>, size: u64, target: &Target<'_>) -> Result<Nee
     let fully_allocated = image.largest(size)?;
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     if let Some(source) = source.filter(|_| image.options.preallocation == Preallocation::Off) {
-        let (look, watch) = (image.look(source, &bulk), Watch::new());
+        let (look, watch) = (image.look(source, &bulk, None), Watch::new());
         let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, &watch);
         job.run(
-            || Batch::new(None),
+            Batch::default,
             |batch| batch.survey(&look),
             |batch| batch.place(&mut bulk, fill.as_mut(), &mut |_| Ok(())).map_err(wrap),
             |_| Ok(0),

@@ -15,12 +15,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use pleach_format::NewHeader;
-use pleach_image::{Bulk, Chain, Compressor, CreateOptions, ImageError, Piecework, Preallocation};
+use pleach_image::{Bulk, Chain, CreateOptions, ImageError, Piecework, Preallocation};
 use pleach_store::{Disk, NewFile, Store};
 
 use crate::scan::indexed;
 use crate::{Error, ErrorKind, Result, Watch};
-use batch::{Batch, Fill, Look};
+use batch::{Batch, Compressors, Fill, Look};
 use bitmaps::Bitmaps;
 use extents::Extents;
 use job::Job;
@@ -69,8 +69,8 @@ pub struct Converted {
 
 /// Writes what `source` reads as into the new file `out`, which has its name when it is whole and durable.
 ///
-/// Memory: four batches a thread, a batch being 256 KiB or a larger cluster of either file, each with its compressed form,
-/// and one table of each kind.
+/// Memory: four batches a thread, a batch being 256 KiB, or two of a larger cluster of either file, each with its compressed
+/// form and what lies below it; one compressor a thread; and one table of each kind.
 ///
 /// # Errors
 /// A file of that name; options that exclude each other; no space; damage in the source; [`ErrorKind::Interrupted`] if
@@ -103,7 +103,7 @@ pub fn rehearse(source: &Chain, out: &Path, target: &Target<'_>, watch: &Watch) 
     let Target::Qcow2(image) = target else {
         let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
         let written = job.run(
-            || Batch::new(None),
+            Batch::default,
             |_| Ok(()),
             |batch| {
                 batch.place_raw(size);
@@ -120,14 +120,18 @@ pub fn rehearse(source: &Chain, out: &Path, target: &Target<'_>, watch: &Watch) 
     let below = image.below.map(indexed).transpose()?;
     let image = &NewImage { below: below.as_ref(), ..image.clone() };
     let mut bulk = image.bulk(size)?;
-    let look = image.look(source, &bulk);
+    let compressors = image.compressors()?;
+    let look = image.look(source, &bulk, compressors.as_ref());
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     let wrap = |e: ImageError| Error::image(out, e);
     let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
     let written = job.run(
-        || Batch::new(image.compressor().ok().flatten()),
+        Batch::default,
         |batch| batch.look(&look),
-        |batch| batch.place(&mut bulk, fill.as_mut(), &mut |_| Ok(())).map_err(wrap),
+        |batch| {
+            let placed = batch.place(&mut bulk, fill.as_mut(), &mut |_| Ok(()));
+            placed.and_then(|()| space::most(bulk.used(), watch)).map_err(wrap)
+        },
         |batch| batch.write(None),
     )?;
     if let Some(fill) = &mut fill {
@@ -155,7 +159,7 @@ fn to_raw(
     let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
     let (back, put_out) = (WriteBack::new(store), AtomicU64::new(0));
     let written = job.run(
-        || Batch::new(None),
+        Batch::default,
         |_| Ok(()),
         |batch| {
             batch.place_raw(size);
@@ -214,12 +218,13 @@ fn to_qcow2(
             .try_for_each(|piece| store.write_at(piece.offset, &piece.bytes))
             .map_err(|source| ImageError::Io { what: "write a table", source })
     };
-    let look = image.look(source, &bulk);
+    let compressors = image.compressors()?;
+    let look = image.look(source, &bulk, compressors.as_ref());
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
     let back = WriteBack::new(data_store);
     let written = job.run(
-        || Batch::new(image.compressor().ok().flatten()),
+        Batch::default,
         |batch| batch.look(&look),
         |batch| {
             batch.place(&mut bulk, fill.as_mut(), &mut tables).map_err(wrap)?;
@@ -275,7 +280,7 @@ impl<'a> NewImage<'a> {
         let both = |one: &str, other: &str| {
             Err(Error::new(ErrorKind::Usage, format!("{one} and {other} exclude each other")))
         };
-        self.compressor()?;
+        self.compressors()?;
         if self.compress.is_some() && self.options.preallocation != Preallocation::Off {
             return both("compression", "preallocation");
         }
@@ -294,9 +299,9 @@ impl<'a> NewImage<'a> {
         Ok(())
     }
 
-    /// A compressor for one worker, if clusters are to be compressed.
-    fn compressor(&self) -> Result<Option<Compressor>> {
-        let new = |level| Compressor::new(self.options.compression, level);
+    /// Compressors for all workers, if clusters are to be compressed.
+    fn compressors(&self) -> Result<Option<Compressors>> {
+        let new = |level| Compressors::new(self.options.compression, level);
         self.compress.map(new).transpose().map_err(|e| Error::new(ErrorKind::Usage, e.to_string()))
     }
 
@@ -327,13 +332,13 @@ impl<'a> NewImage<'a> {
         pleach_image::measure(&self.header(size)).map(|m| m.metadata + m.disk).map_err(option)
     }
 
-    fn look<'b>(&'b self, source: &'b Chain, bulk: &Bulk) -> Look<'b> {
+    fn look<'b>(&'b self, source: &'b Chain, bulk: &Bulk, compressors: Option<&'b Compressors>) -> Look<'b> {
         // Who asks for a level wants it everywhere; in a data file, and where all has a place, nothing is compressed.
         let plain = self.options.data_file.is_some() || self.options.preallocation != Preallocation::Off;
         let carry = self.compress.map_or(self.carry && !plain, |level| level.is_none());
         let carry = carry.then_some(self.options.compression);
         let (geometry, version) = (bulk.geometry(), self.options.version);
-        Look { source, below: self.below, geometry, version, carry }
+        Look { source, below: self.below, geometry, version, carry, compressors }
     }
 
     /// Where the new image may have to say something.

@@ -25,21 +25,22 @@ pub(super) fn check(disk: &dyn Disk, source: &Chain, out: &Path, most: u64, all:
         return Err(none(out, most, free));
     }
     let wrap = |e| Error::image(out, e);
+    // Raw files may hold zeros, and no more than they take. A small image can claim any amount of data: one look too many.
+    let claims = source.layers().iter().any(|l| l.image().is_some());
     let (mut extents, mut data) = (Extents::new(vec![source], source.size()), 0);
     while let Some(ranges) = extents.next(RAW_GRAIN).map_err(wrap)? {
         data += ranges.iter().map(|r| r.end - r.start).sum::<u64>();
+        if claims && data > free {
+            return Err(none(out, data, free));
+        }
     }
     if data <= free {
         return Ok(());
     }
-    // Raw files may hold zeros, and no more than they take. A small image can claim any amount of data.
-    if source.layers().iter().any(|l| l.image().is_some()) {
-        return Err(none(out, data, free));
-    }
     let watch = Watch::new();
     let (mut counted, job) = (0, Job::new(Extents::new(vec![source], source.size()), RAW_GRAIN, out, &watch));
     job.run(
-        || Batch::new(None),
+        Batch::default,
         |batch| batch.read(source),
         |batch| {
             counted += batch.nonzero_bytes();

@@ -127,15 +127,11 @@ pub(super) fn all_tables(image: &Image) -> Result<Vec<(u64, u64)>, ImageError> {
 }
 
 impl Layout {
-    /// The layout of an image that was counted and found whole, as it will be once the clusters in `zeroes` are dropped.
+    /// The layout of an image that was counted and found whole, as it will be once entries do without what is in `zeroes`.
     ///
     /// # Errors
     /// [`ImageError::Refused`] if a cluster has two uses: such an image can be read, but not moved.
-    pub(super) fn of(
-        image: &Image,
-        zeroes: Option<&Zeroes>,
-        workers: &dyn Workers,
-    ) -> Result<Self, ImageError> {
+    pub(super) fn of(image: &Image, zeroes: &Zeroes, workers: &dyn Workers) -> Result<Self, ImageError> {
         let (g, header, version) = (image.geometry(), image.header(), image.header().version());
         let (place, store) = (Place::of(header), image.store());
         let tables = all_tables(image)?;
@@ -194,9 +190,11 @@ impl Layout {
                     let mapping = span.entry.descriptor.decode(g, version);
                     match mapping.map_err(ImageError::format("L2 entry", None))? {
                         _ if image.external_data() => {}
-                        Mapping::Data(host) | Mapping::ZeroAllocated(host) => {
-                            let first = g.host_cluster(host).0;
-                            met.push((first, span.len as u64, Role::Data));
+                        Mapping::Data(_) | Mapping::ZeroAllocated(_) => {
+                            let kept = zeroes.kept(image, &span)?;
+                            met.extend(
+                                kept.into_iter().map(|run| (run.start, run.end - run.start, Role::Data)),
+                            );
                         }
                         Mapping::Compressed(extent) => {
                             let extent =
@@ -214,14 +212,7 @@ impl Layout {
             }
             let mut layout = shared.lock().unwrap_or_else(PoisonError::into_inner);
             for (first, n, role) in met {
-                match zeroes {
-                    Some(zeroes) if role == Role::Data => {
-                        for run in zeroes.others(first, n) {
-                            layout.mark(run.start, run.end - run.start, role)?;
-                        }
-                    }
-                    _ => layout.mark(first, n, role)?,
-                }
+                layout.mark(first, n, role)?;
             }
             layout.packed.extend(packed);
             Ok(())

@@ -41,7 +41,7 @@ pub struct Compaction {
     pub leaked: u64,
     /// Whether COPIED flags did not fit the counts: they are set right.
     pub flags: bool,
-    /// Clusters of data that become entries that say zeros.
+    /// Clusters that entries can do without: of zeros, if they are looked for, and of entries that say zeros anyway.
     pub zeroed: u64,
     /// Bytes that are copied to other places in the file.
     pub moved: u64,
@@ -75,25 +75,19 @@ pub fn plan_compact(
     image.check_writable()?;
     let leaks = leaked_with(image, workers)?;
     let flags = !copied_fits(image, workers)?;
-    let zeroes = options.zeroes.then(|| Zeroes::find(image, workers)).transpose()?;
-    let plans = Plan::all(Layout::of(image, zeroes.as_ref(), workers)?, image.file_len());
-    Ok(Compaction { before, ..summary(image, &leaks, flags, zeroes.as_ref(), &plans) })
+    let zeroes = Zeroes::find(image, options.zeroes, workers)?;
+    let plans = Plan::all(Layout::of(image, &zeroes, workers)?, image.file_len());
+    Ok(Compaction { before, ..summary(image, &leaks, flags, &zeroes, &plans) })
 }
 
-fn summary(
-    image: &Image,
-    leaks: &[Discrepancy],
-    flags: bool,
-    zeroes: Option<&Zeroes>,
-    plans: &[Plan],
-) -> Compaction {
+fn summary(image: &Image, leaks: &[Discrepancy], flags: bool, zeroes: &Zeroes, plans: &[Plan]) -> Compaction {
     let size = image.geometry().cluster_size();
     Compaction {
         before: image.file_len(),
         after: plans.iter().fold(image.file_len(), |len, plan| plan.length(size, len)),
         leaked: leaks.len() as u64,
         flags,
-        zeroed: zeroes.map_or(0, Zeroes::count),
+        zeroed: zeroes.count(),
         moved: plans.iter().map(|plan| plan.copied(size) * size).sum(),
     }
 }
@@ -125,27 +119,27 @@ pub fn compact(
     image.check_writable()?;
     let leaks = leaked_with(&image, workers)?;
     let flags = !copied_fits(&image, workers)?;
-    let zeroes = options.zeroes.then(|| Zeroes::find(&image, workers)).transpose()?;
-    let plans = Plan::all(Layout::of(&image, zeroes.as_ref(), workers)?, image.file_len());
-    let done = Compaction { before, ..summary(&image, &leaks, flags, zeroes.as_ref(), &plans) };
+    let zeroes = Zeroes::find(&image, options.zeroes, workers)?;
+    let plans = Plan::all(Layout::of(&image, &zeroes, workers)?, image.file_len());
+    let done = Compaction { before, ..summary(&image, &leaks, flags, &zeroes, &plans) };
     clear_unknown_autoclear(&**store)?;
     steps.expect(done.moved);
     let mover = Mover { store, workers, steps };
     give_back(&mover, &image, &leaks)?;
-    // Lowered counts ask for flags, too.
-    if (flags || !leaks.is_empty()) && fit_copied(&image, workers)? {
-        barrier(&**store)?;
-    }
-    drop(leaks);
-    if let Some(zeroes) = zeroes {
+    if zeroes.count() > 0 {
         let gone = zeroes.write(&image, workers)?;
         barrier(&**store)?;
         mover.lower(&gone)?;
     }
-    drop(image);
+    // Lowered counts ask for flags, too.
+    if (flags || !leaks.is_empty() || zeroes.count() > 0) && fit_copied(&image, workers)? {
+        barrier(&**store)?;
+    }
+    drop((leaks, zeroes, image));
     for (i, plan) in plans.into_iter().enumerate() {
         // What is foreseen of later plans is how far they get; where things really are, only the file says.
-        let plan = if i == 0 { plan } else { Plan::of(&Layout::of(&mover.image()?, None, workers)?) };
+        let plan =
+            if i == 0 { plan } else { Plan::of(&Layout::of(&mover.image()?, &Zeroes::default(), workers)?) };
         if mover.run(&plan)? == Done::Stopped {
             return Ok(None);
         }

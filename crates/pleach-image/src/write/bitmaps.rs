@@ -12,7 +12,7 @@ use pleach_format::{
 use pleach_store::Store;
 
 use super::{State, Writer};
-use crate::publish::set_bitmaps;
+use crate::publish::{bitmaps_fit, set_bitmaps};
 use crate::{Image, ImageError, Switch, clear_unknown_autoclear, escape, publish};
 
 /// Most bytes of one bitmap that QEMU loads.
@@ -292,6 +292,9 @@ impl Writer {
                     "the granularity is {granularity}, must be a power of two from 512 to 2147483648"
                 ));
             }
+            if records.is_empty() && !bitmaps_fit(&*state.store)? {
+                return Err(no_room());
+            }
             let bits = Bits::new(granularity.trailing_zeros(), state.image.size())?;
             let (table_offset, table_size) = state.store_bits(&bits)?;
             records.push(BitmapRecord {
@@ -398,6 +401,12 @@ impl Writer {
     }
 }
 
+fn no_room() -> ImageError {
+    let what =
+        "the header cluster has no room to add a bitmap safely; give the image a shorter backing file name";
+    ImageError::Refused { what: what.to_owned() }
+}
+
 fn find<'a>(records: &'a mut [BitmapRecord], name: &[u8]) -> Result<&'a mut BitmapRecord, ImageError> {
     records.iter_mut().find(|r| r.name == name).ok_or_else(|| ImageError::NoBitmap { name: escape(name) })
 }
@@ -502,10 +511,7 @@ impl State {
             Some(BitmapsExtension { count, directory_size: size, directory_offset: at.0 })
         };
         publish(&*self.store, &mut self.allocator, &switch)?;
-        set_bitmaps(&*self.store, extension.as_ref(), |_, _| {
-            let what = "the header cluster has no room to add a bitmap safely; give the image a shorter backing file name";
-            Err(ImageError::Refused { what: what.to_owned() })
-        })?;
+        set_bitmaps(&*self.store, extension.as_ref(), |_, _| Err(no_room()))?;
         self.release(&drops)?;
         self.reopen()
     }
