@@ -40,7 +40,7 @@ pub use forest::{Forest, Removal, State};
 pub use oracle::{Digest, Format};
 pub use rng::{OnFailure, Rng};
 pub use tool::{Outcome, Tool};
-pub use trees::{Node, RandomTree};
+pub use trees::{Extras, Node, RandomTree};
 
 /// Whether the long version of the tests was asked for (`PLEACH_LONG=1`).
 #[must_use]

@@ -208,7 +208,7 @@ impl RandomTree {
         if rng.chance(10) {
             self.compress(node, backing.as_ref(), &plain);
         }
-        if extras.snapshots && refcount_bits >= 4 && rng.chance(20) {
+        if extras.snapshots && refcount_bits >= 16 && rng.chance(20) {
             for name in ["s1", "s2"].into_iter().take(1 + rng.index(2)) {
                 qemu_img_in(&self.dir, &["snapshot", "-c", name, &node.file]);
                 qemu_io(&self.path(node), Format::Qcow2, &commands(rng, node, Compressed::Never, noise));
