@@ -12,6 +12,7 @@ use pleach_plan::{
 };
 use pleach_store::{Disk, FileId, Role};
 
+use crate::bitmaps::{BitmapChange, BitmapPolicy, Recorded};
 use crate::execute::{foresee, rehearse, second_name};
 use crate::family::{Family, State};
 use crate::files::Files;
@@ -121,6 +122,8 @@ pub struct Merge {
     pub bytes_written: u64,
     /// Of these, bytes that the file system can share instead of writing.
     pub bytes_cloned: u64,
+    /// How the target's bitmaps change.
+    pub bitmaps: BitmapChange,
 }
 
 /// A header that names another backing file afterwards; the content stays.
@@ -195,6 +198,8 @@ pub struct DeletePlan {
     pub reparented: Vec<(String, Option<String>)>,
     /// Bytes on disk of the files that go.
     pub bytes_freed: u64,
+    /// What becomes of bitmaps.
+    pub bitmaps: BitmapPolicy,
     /// What carrying it out reads, and how long files become: known when it was rehearsed, or [`Prepared::foresee`] was
     /// called.
     pub forecast: Forecast,
@@ -330,6 +335,8 @@ pub(crate) struct Decided {
     pub(crate) followers: BTreeSet<FileId>,
     /// Nothing is left to choose.
     pub(crate) fixed: bool,
+    /// What becomes of bitmaps.
+    pub(crate) bitmaps: BitmapPolicy,
 }
 
 /// A plan, and the open and locked files that it was made from.
@@ -533,7 +540,7 @@ pub(crate) fn plan_single(
         return Ok((open, Vec::new(), Naming::Unlink));
     }
 
-    let planner = Planner::new(Files { disk, survey, open: &open }, victim, &[], &below)?;
+    let planner = Planner::new(Files { disk, survey, open: &open }, victim, &[], &below, decided.bitmaps)?;
     let mut merges = Vec::new();
     for &reader in readers.iter().filter(|&&r| Some(r) != designated) {
         merges.push(planner.pull(reader, None)?);
@@ -684,6 +691,7 @@ pub(crate) struct Planner<'a> {
     /// What the victim says with those between on top of it.
     under: Cover,
     content: Content,
+    bitmaps: BitmapPolicy,
 }
 
 impl<'a> Planner<'a> {
@@ -692,6 +700,7 @@ impl<'a> Planner<'a> {
         victim: usize,
         between: &'a [usize],
         below: &'a [usize],
+        bitmaps: BitmapPolicy,
     ) -> Result<Self> {
         let open = files.open;
         let (size, runs) = (open.layer(victim).size(), open.runs(victim)?);
@@ -704,7 +713,7 @@ impl<'a> Planner<'a> {
             Some(chain) => Content::none().under(&chain.cover()),
             None => Content::none(),
         };
-        Ok(Self { files, victim, between, below, cover, plain, under, content })
+        Ok(Self { files, victim, between, below, cover, plain, under, content, bitmaps })
     }
 
     fn file(&self, index: usize) -> &'a SurveyFile {
@@ -735,6 +744,8 @@ impl<'a> Planner<'a> {
         let shape = shape_of(image, image.size());
         let backing = self.victims_backing_for(reader, name)?;
         self.files.must_fit(reader, backing.as_ref())?;
+        let bitmaps = self.bitmaps_of(reader, reader, image.size())?;
+        bitmaps.must_fit(path, image, backing.as_ref())?;
         let merge = |work, bytes_written, bytes_cloned| Merge {
             target: reader,
             reader,
@@ -743,6 +754,7 @@ impl<'a> Planner<'a> {
             backing,
             bytes_written,
             bytes_cloned,
+            bitmaps,
         };
         if !self.file(reader).snapshots.is_empty() {
             refuse_parts(path, image)?;
@@ -759,6 +771,20 @@ impl<'a> Planner<'a> {
         let cloned = self.files.clonable(reader, &chain, shape, &needs)?;
         let (work, bytes_written) = self.files.clusters(reader, &chain, shape, needs)?;
         Ok(merge(work, bytes_written, cloned))
+    }
+
+    /// How the bitmaps of `holder`, the reader or the victim, change when it holds what all of them do.
+    fn bitmaps_of(&self, reader: usize, holder: usize, size: u64) -> Result<BitmapChange> {
+        let run: Vec<usize> =
+            [reader].into_iter().chain(self.between.iter().copied()).chain([self.victim]).collect();
+        let file = |&i: &usize| {
+            let layer = self.files.open.layer(i);
+            let cover = Cover::of_runs(layer.size(), self.files.open.runs(i)?);
+            Ok(Recorded { path: &self.file(i).path, image: layer.image(), cover })
+        };
+        let files = run.iter().map(file).collect::<Result<Vec<_>>>()?;
+        let at = run.iter().position(|&i| i == holder).unwrap_or(0);
+        BitmapChange::of(self.bitmaps, &files, at, size)
     }
 
     /// The only reader, or the one that takes the victim's name: the cheaper way, and the names.
@@ -911,13 +937,17 @@ impl<'a> Planner<'a> {
         if let Some(into) = into.image() {
             self.files.writable(self.victim)?;
             let bitmaps = into.bitmaps().map_err(|e| Error::image(&victim.path, e))?;
-            if let Some(bitmap) = bitmaps.first() {
-                let text = format!("its bitmap \"{}\" would not say what has changed", escape(&bitmap.name));
+            if let Some(bitmap) = bitmaps.first().filter(|_| from.size() != into.size()) {
+                let text = format!("its bitmap \"{}\" is for a shorter disk", escape(&bitmap.name));
                 return refuse(ErrorKind::Refused, &text, victim)
                     .map_err(|e| e.hint("remove the bitmap first: pleach bitmap remove"));
             }
         }
-        let merge = self.commit(reader)?;
+        let mut merge = self.commit(reader)?;
+        merge.bitmaps = self.bitmaps_of(reader, self.victim, from.size())?;
+        if let Some(into) = into.image() {
+            merge.bitmaps.must_fit(&victim.path, into, into.header().backing())?;
+        }
         let backing = match self.between {
             [] => None,
             _ => {
@@ -938,7 +968,11 @@ impl<'a> Planner<'a> {
         if !file.snapshots.is_empty() {
             return Err(stays_inside(file));
         }
-        let bitmaps = self.files.image(reader)?.bitmaps().map_err(|e| Error::image(&file.path, e))?;
+        let mut bitmaps = Vec::new();
+        for &image in [reader].iter().chain(self.between).filter(|_| self.bitmaps != BitmapPolicy::Drop) {
+            let path = &self.file(image).path;
+            bitmaps.extend(self.files.image(image)?.bitmaps().map_err(|e| Error::image(path, e))?);
+        }
         if let Some(bitmap) = bitmaps.first() {
             let text = format!("a raw file has no place for its bitmap \"{}\"", escape(&bitmap.name));
             return Err(Error::new(ErrorKind::Refused, text).at(&file.path).hint("delete with --keep child"));
@@ -962,10 +996,12 @@ impl<'a> Planner<'a> {
             return false;
         };
         let no_bitmaps = |image: &Image| image.bitmaps().is_ok_and(|b| b.is_empty());
+        let between = || self.between.iter().all(|&i| self.files.image(i).is_ok_and(no_bitmaps));
         can_merge_down(self.files.disk, victim, over)
             && from.size() >= into.size()
             && no_bitmaps(into)
             && no_bitmaps(from)
+            && between()
             && into.check_mergeable().is_ok()
             // What is wrong with the victim's file must not go on under the reader's name.
             && check(into).is_ok_and(|report| report.errors == 0 && report.leaks == 0)
@@ -985,6 +1021,7 @@ impl<'a> Planner<'a> {
             backing: None,
             bytes_written,
             bytes_cloned,
+            bitmaps: BitmapChange::default(),
         };
         if self.file(self.victim).format == FileFormat::Raw {
             let pieces: Vec<_> = upper.says().collect();

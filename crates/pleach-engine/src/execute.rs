@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use pleach_alloc::{Allocator, Place};
-use pleach_format::{BackingFile, Geometry, GuestCluster, L2Entry};
+use pleach_format::{BackingFile, Geometry, GuestCluster, HostCluster, L2Entry};
 use pleach_image::{
     Chain, Emptying, Image, ImageError, Packing, PartChange, Piece, PieceKind, StatesEditor, Switch,
     TableEditor, backing_path, clear_unknown_autoclear, publish, release, set_backing,
@@ -110,11 +110,33 @@ pub fn execute(disk: &dyn Disk, survey: &Survey, prepared: Prepared, watch: &Wat
 /// # Errors
 /// What would keep [`execute`] from going on.
 pub(crate) fn rehearse(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> Result<Forecast> {
-    let staged = stage_all(survey, plan, open)?;
+    let mut staged = stage_all(survey, plan, open)?;
     for stage in &staged {
         verify_sources(survey, open, stage)?;
     }
-    forecast(survey, plan, open, &staged)
+    forecast(survey, plan, open, &mut staged)
+}
+
+/// How long the target's file is once its bitmaps are as they should be: they are stored after everything else.
+fn with_bitmaps(stage: &mut Staged<'_>, image: &Image) -> Result<u64, ImageError> {
+    let (g, change) = (image.geometry(), &stage.merge.bitmaps);
+    let Some((allocator, switch)) = &mut stage.clusters else { return Ok(0) };
+    allocator.free_abandoned_tables()?;
+    switch.drops.iter().try_for_each(|&cluster| allocator.lower(cluster))?;
+    allocator.reuse();
+    allocator.search_from(HostCluster(0));
+    let changes =
+        |name: &[u8]| change.gone.iter().any(|n| n == name) || change.put.iter().any(|b| b.name == name);
+    let kept = image.bitmaps()?.into_iter().filter(|record| !changes(&record.name));
+    let mut directory: u64 = kept.map(|record| record.stored_bytes() as u64).sum();
+    for bitmap in &change.put {
+        bitmap.allocate(g, allocator)?;
+        directory += bitmap.directory_bytes();
+    }
+    if directory > 0 {
+        allocator.allocate_contiguous(g.clusters_for(directory).0)?;
+    }
+    Ok(allocator.end().0 * g.cluster_size())
 }
 
 /// What a plan reads, and how long files become. Nothing is read but tables.
@@ -122,14 +144,27 @@ pub(crate) fn rehearse(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> 
 /// # Errors
 /// As [`rehearse`].
 pub(crate) fn foresee(survey: &Survey, plan: &DeletePlan, open: &OpenFiles) -> Result<Forecast> {
-    forecast(survey, plan, open, &stage_all(survey, plan, open)?)
+    forecast(survey, plan, open, &mut stage_all(survey, plan, open)?)
 }
 
-fn forecast(survey: &Survey, plan: &DeletePlan, open: &OpenFiles, staged: &[Staged<'_>]) -> Result<Forecast> {
+fn forecast(
+    survey: &Survey,
+    plan: &DeletePlan,
+    open: &OpenFiles,
+    staged: &mut [Staged<'_>],
+) -> Result<Forecast> {
     let mut reads: BTreeMap<usize, u64> = BTreeMap::new();
     let mut lengths = Vec::new();
-    for stage in staged {
-        lengths.push(Length { file: stage.merge.target, before: stage.old_len, after: stage.new_len() });
+    for stage in &mut *staged {
+        let after = stage.new_len();
+        let after = match open.layer(stage.merge.target).image() {
+            Some(image) if !stage.merge.bitmaps.is_empty() => {
+                let path = path_of(survey, stage.merge.target);
+                after.max(with_bitmaps(stage, image).map_err(|e| Error::image(path, e))?)
+            }
+            _ => after,
+        };
+        lengths.push(Length { file: stage.merge.target, before: stage.old_len, after });
         if stage.steps.is_empty() && stage.packed.is_empty() {
             continue;
         }
@@ -454,6 +489,7 @@ fn intent_of(disk: &dyn Disk, survey: &Survey, plan: &DeletePlan) -> Result<Inte
         followers,
         name,
         emptied: matches!(naming, Naming::Empty { .. }),
+        bitmaps: plan.bitmaps,
         directories,
     })
 }
@@ -730,6 +766,17 @@ fn merge(survey: &Survey, open: &OpenFiles, staged: Staged<'_>, journal: &mut Jo
     match staged.clusters {
         Some((mut allocator, switch)) => {
             publish(target, &mut allocator, &switch).map_err(wrap)?;
+            if let (false, Some(image)) =
+                (staged.merge.bitmaps.is_empty(), open.layer(staged.merge.target).image())
+            {
+                // What is dropped is given back before another writer counts.
+                release(target, &mut allocator, &switch.drops).map_err(wrap)?;
+                staged.merge.bitmaps.apply(path, image)?;
+                if staged.merge.direction == Direction::Pull || staged.merge.backing.is_some() {
+                    switch_backing(target, path, staged.merge.backing.as_ref(), journal)?;
+                }
+                return Ok(());
+            }
             if staged.merge.direction == Direction::Pull || staged.merge.backing.is_some() {
                 switch_backing(target, path, staged.merge.backing.as_ref(), journal)?;
             }

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use pleach_store::{Access, Disk, Stat, Store};
 use serde::{Deserialize, Serialize};
 
+use crate::bitmaps::BitmapPolicy;
 use crate::{Error, ErrorKind, Result};
 
 const MAGIC: [u8; 4] = *b"PLJ1";
@@ -135,6 +136,9 @@ pub enum Intent {
         /// The dependent stays on the victim, and holds nothing afterwards.
         #[serde(default)]
         emptied: bool,
+        /// What becomes of bitmaps.
+        #[serde(default)]
+        bitmaps: BitmapPolicy,
         /// Directories searched for dependents; paths as of images.
         #[serde(with = "encoded::list")]
         directories: Vec<PathBuf>,
@@ -227,6 +231,7 @@ impl Intent {
                 followers,
                 name,
                 emptied,
+                bitmaps,
                 directories,
             } => Self::Merge {
                 victim: image(victim),
@@ -237,6 +242,7 @@ impl Intent {
                 followers: images(followers),
                 name: name.map(|name| NewName { path: change(name.path) }),
                 emptied,
+                bitmaps,
                 directories: paths(directories),
             },
             Self::Rebase { image: rebased, onto, unchecked, directories } => Self::Rebase {
@@ -504,6 +510,7 @@ mod tests {
             followers: vec![],
             name: None,
             emptied: false,
+            bitmaps: BitmapPolicy::Merge,
             directories: vec![dir.into(), "/elsewhere".into()],
         }
     }

@@ -28,6 +28,7 @@
 //! Not for: showing progress or asking questions; that is the caller's, through [`Watch`] and the plan.
 #![forbid(unsafe_code)]
 
+mod bitmaps;
 mod buffer;
 mod carry;
 pub mod catalog;
@@ -65,6 +66,7 @@ pub mod verbs;
 mod watch;
 mod workers;
 
+pub use bitmaps::{BitmapChange, BitmapPolicy};
 pub use compact::{compact, plan_compact};
 pub use compare::{Comparison, Difference, compare};
 pub use delete::{
@@ -77,7 +79,7 @@ pub use execute::{Outcome, execute};
 pub use fingerprint::Fingerprint;
 pub use journal::{Intent, JournalImage, NewBacking, NewName, pending};
 pub use map::{Extent, map};
-pub use merge::{prepare_commit, prepare_merge};
+pub use merge::{prepare_merge, prepare_run};
 pub use open::{OpenFiles, open_one};
 pub use rebase::{Onto, RebaseRequest, prepare_rebase};
 pub use repair::{Repair, undo_repair};

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use pleach_image::escape;
 use pleach_store::{Disk, FileId, Role};
 
+use crate::bitmaps::BitmapPolicy;
 use crate::catalog::kept_in;
 use crate::delete::{
     Decided, DeletePlan, Keep, Naming, Planner, Prepared, refuse_journals, refuse_other_names,
@@ -49,7 +50,8 @@ impl Run {
 }
 
 /// Plans to make one file out of the run from `top` down to `base`: called as `top` is with [`Keep::Child`], as `base` is
-/// with [`Keep::Parent`], as it is said with [`Keep::Named`]; or what [`prepare_commit`] does, with [`Keep::Both`]. With `change` the files are locked for changing, else only for reading.
+/// with [`Keep::Parent`], as it is said with [`Keep::Named`]. With [`Keep::Both`] everything that the files above `base` hold goes into that, and
+/// `top` stays on it and reads as before, but holds nothing. With `change` the files are locked for changing, else only for reading.
 ///
 /// # Errors
 /// What keeps the merge from being right, each by its name: see [`ErrorKind`].
@@ -60,30 +62,31 @@ pub fn prepare_merge(
     keep: &Keep,
     change: bool,
 ) -> Result<Prepared> {
+    prepare_run(disk, survey, (top, base), keep, BitmapPolicy::default(), change)
+}
+
+/// As [`prepare_merge`], with a word about bitmaps.
+///
+/// # Errors
+/// As [`prepare_merge`].
+pub fn prepare_run(
+    disk: &dyn Disk,
+    survey: &Survey,
+    (top, base): (usize, usize),
+    keep: &Keep,
+    bitmaps: BitmapPolicy,
+    change: bool,
+) -> Result<Prepared> {
     refuse_journals(disk, survey)?;
     let run = Run::of(survey, top, base)?;
     refuse_catalogued(disk, survey, &run)?;
-    let mut prepared = plan_run(disk, survey, &run, keep, &Decided::default(), change)?;
+    let decided = Decided { bitmaps, ..Decided::default() };
+    let mut prepared = plan_run(disk, survey, &run, keep, &decided, change)?;
     if !change {
         prepared.plan.forecast = rehearse(survey, &prepared.plan, &prepared.open)?;
     }
     prepared.plan.bytes_freed = prepared.plan.frees(survey);
     Ok(prepared)
-}
-
-/// Plans to bring everything that the files from `top` down to above `base` hold into `base`: `top` stays on it and reads as
-/// before, but holds nothing, and those between go. With `change` the files are locked for changing, else only for
-/// reading.
-///
-/// # Errors
-/// As [`prepare_merge`].
-pub fn prepare_commit(
-    disk: &dyn Disk,
-    survey: &Survey,
-    run: (usize, usize),
-    change: bool,
-) -> Result<Prepared> {
-    prepare_merge(disk, survey, run, &Keep::Both, change)
 }
 
 /// A catalog would go on to name a state that is gone, or find another content under its name.
@@ -128,7 +131,7 @@ pub(crate) fn plan_run(
     roles.extend(run.lower().chain([run.top]).chain(followers.iter().copied()).map(|i| (i, role(change))));
     let open = OpenFiles::open(disk, survey, &roles)?;
     let files = Files { disk, survey, open: &open };
-    let planner = Planner::new(files, run.base, &run.between, &below)?;
+    let planner = Planner::new(files, run.base, &run.between, &below, decided.bitmaps)?;
     let (merges, naming) = if pulled {
         let naming = match (decided.renamed, keep) {
             (Some(_), _) => planner.take_victims_name(run.top, &followers)?,
@@ -148,6 +151,7 @@ pub(crate) fn plan_run(
         node: node.unwrap_or_default(),
         single: Some((run.base, merges, naming)),
         between: run.between.clone(),
+        bitmaps: decided.bitmaps,
         ..DeletePlan::default()
     };
     Ok(Prepared { plan, open })

@@ -8,6 +8,7 @@ use pleach_format::BackingFile;
 use pleach_plan::{Cover, Overlay, Target, clusters, rebase, settle_against};
 use pleach_store::{Disk, Role};
 
+use crate::bitmaps::BitmapChange;
 use crate::delete::{
     DeletePlan, Direction, Merge, Naming, Prepared, StateFill, Work, bytes_of, fills_of, refuse_journals,
     refuse_other_names, refuse_parts, role, shape_of,
@@ -189,5 +190,6 @@ fn filling(
         backing,
         bytes_written,
         bytes_cloned,
+        bitmaps: BitmapChange::default(),
     }
 }

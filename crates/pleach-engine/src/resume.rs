@@ -7,6 +7,7 @@ use std::sync::Arc;
 use pleach_image::{Image, backing_path, read_head};
 use pleach_store::{Access, Disk, FileId, Role, Store};
 
+use crate::bitmaps::BitmapPolicy;
 use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{drop_first_name, go_on, nobody_reads, second_name, switch_backing};
 use crate::journal::{
@@ -118,6 +119,11 @@ fn take_back(disk: &dyn Disk, contents: &Contents) -> Result<String> {
             if committed.is_some() {
                 return too_late(&victim.path, "the file may hold merged data already");
             }
+            if let (Some(name), Some(merged)) = (name, dependents.first())
+                && disk.stat(&name.path).is_ok_and(|s| merged.is(&s))
+            {
+                return too_late(&name.path, "the merged file has its new name");
+            }
             for image in between.iter().chain([victim]) {
                 if here(disk, image).is_none() {
                     return too_late(&image.path, "the file is gone already");
@@ -179,6 +185,7 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
             followers,
             name,
             emptied,
+            bitmaps,
             directories,
         }) => {
             let merge = MergeIntent {
@@ -190,6 +197,7 @@ fn finish(disk: &dyn Disk, journal: &mut Journal<'_>, contents: &Contents, watch
                 followers,
                 name: name.as_ref().map(|name| name.path.as_path()),
                 emptied: *emptied,
+                bitmaps: *bitmaps,
                 directories,
             };
             merge.finish(disk, journal, watch)?;
@@ -228,6 +236,7 @@ struct MergeIntent<'a> {
     name: Option<&'a Path>,
     /// The reader stays, empty.
     emptied: bool,
+    bitmaps: BitmapPolicy,
     directories: &'a [PathBuf],
 }
 
@@ -268,6 +277,7 @@ impl MergeIntent<'_> {
             renamed: self.renamed.and_then(|i| here(disk, i)),
             followers: told.filter_map(|i| here(disk, i)).collect::<BTreeSet<_>>(),
             fixed: true,
+            bitmaps: self.bitmaps,
         };
         let keep = match (self.name, self.renamed) {
             _ if self.emptied => Keep::Both,

@@ -71,4 +71,4 @@ pub use status::{Status, Stretch};
 pub use tables::{PartChange, TableEditor};
 pub use walk::Finding;
 pub use workers::{Alone, Workers};
-pub use write::{Bits, NewSnapshot, WriteOptions, Writer};
+pub use write::{Bits, NewSnapshot, WantedBitmap, WriteOptions, Writer};

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use pleach_engine::survey::{FileFormat, Trust};
-use pleach_engine::{Error, ErrorKind};
+use pleach_engine::{BitmapPolicy, Error, ErrorKind};
 
 use crate::progress::Show;
 
@@ -793,9 +793,20 @@ pub(crate) struct MergeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) name: Option<PathBuf>,
     #[command(flatten)]
+    pub(crate) bitmaps: BitmapsArgs,
+    #[command(flatten)]
     pub(crate) place: PlaceArgs,
     #[command(flatten)]
     pub(crate) run: RunArgs,
+}
+
+/// What becomes of the bitmaps of files that become one.
+#[derive(Debug, Args)]
+pub(crate) struct BitmapsArgs {
+    /// What becomes of persistent bitmaps: merge (those of one name become one, which misses no change), keep-top (only
+    /// those of the uppermost image stay), or drop
+    #[arg(long = "bitmaps", default_value = "merge", value_name = "HOW", value_parser = bitmap_policy())]
+    pub(crate) policy: BitmapPolicy,
 }
 
 #[derive(Debug, Args)]
@@ -806,6 +817,8 @@ pub(crate) struct CommitArgs {
     /// The image below it that gets what it holds, and what those between hold, which go; its backing file if left out
     #[arg(long, value_name = "BASE")]
     pub(crate) into: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) bitmaps: BitmapsArgs,
     #[command(flatten)]
     pub(crate) place: PlaceArgs,
     #[command(flatten)]
@@ -905,6 +918,14 @@ fn format(text: &str) -> Result<FileFormat, String> {
 
 fn shows() -> impl TypedValueParser<Value = Show> {
     PossibleValuesParser::new(["auto", "json", "none"]).map(|text| Show::of(&text))
+}
+
+fn bitmap_policy() -> impl TypedValueParser<Value = BitmapPolicy> {
+    PossibleValuesParser::new(["merge", "keep-top", "drop"]).map(|text| match text.as_str() {
+        "keep-top" => BitmapPolicy::KeepTop,
+        "drop" => BitmapPolicy::Drop,
+        _ => BitmapPolicy::Merge,
+    })
 }
 
 fn size(text: &str) -> Result<u64, String> {

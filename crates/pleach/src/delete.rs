@@ -8,7 +8,7 @@ use pleach_engine::survey::Survey;
 use pleach_engine::tree::Tree;
 use pleach_engine::verbs::{RemoveRequest, forget, remove};
 use pleach_engine::{DeletePlan, DeleteRequest, Direction, Naming, Outcome, Rebase, Result, Work, prepare};
-use pleach_image::escape;
+use pleach_image::{WantedBitmap, escape};
 use pleach_lineage::DeleteMode;
 use pleach_store::RealDisk;
 use serde_json::{Value, json};
@@ -95,6 +95,11 @@ fn mode(args: &DeleteArgs) -> DeleteMode {
         (_, _, true) => DeleteMode::Metadata,
         _ => DeleteMode::Single,
     }
+}
+
+/// Guest bytes that a bitmap marks.
+fn marked(bitmap: &WantedBitmap) -> u64 {
+    bitmap.bits.ranges().iter().map(|range| range.end - range.start).sum()
 }
 
 /// What a plan does, in a word.
@@ -242,6 +247,16 @@ impl View<'_> {
         for (from, to) in plan.renames(self.survey) {
             line("rename", format!("{} to {}", self.path(from), self.path(to)));
         }
+        for merge in plan.merges() {
+            let file = self.file(merge.target);
+            for bitmap in &merge.bitmaps.put {
+                let marked = self.size(marked(bitmap));
+                line("bitmap", format!("\"{}\" of {file} marks {marked}", escape(&bitmap.name)));
+            }
+            for name in &merge.bitmaps.gone {
+                line("bitmap", format!("\"{}\" of {file} goes", escape(name)));
+            }
+        }
         if let Some((_, _, Naming::Empty { reader, .. })) = &plan.single {
             line("empty", self.file(*reader));
         }
@@ -320,6 +335,17 @@ impl View<'_> {
             .into_iter()
             .map(|(file, before, after)| json!({ "file": file, "before": before, "after": after }))
             .collect();
+        let mut bitmaps: Vec<Value> = Vec::new();
+        for merge in plan.merges() {
+            let file = self.file(merge.target);
+            let put = merge.bitmaps.put.iter().map(|b| (&b.name, Some(marked(b))));
+            let gone = merge.bitmaps.gone.iter().map(|name| (name, None));
+            bitmaps.extend(
+                put.chain(gone).map(
+                    |(name, marked)| json!({ "file": file, "name": escape(name), "dirty_bytes": marked }),
+                ),
+            );
+        }
         let emptied: Vec<String> = match &plan.single {
             Some((_, _, Naming::Empty { reader, .. })) => vec![self.file(*reader)],
             _ => Vec::new(),
@@ -348,6 +374,7 @@ impl View<'_> {
             "unlinks": plan.unlinks(self.survey).into_iter().map(|p| self.path(p)).collect::<Vec<_>>(),
             "rebases": rebases,
             "emptied": emptied,
+            "bitmaps": bitmaps,
             "lengths": lengths,
             "dependents": self.dependents(plan),
             "reparented": reparented,

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use pleach_engine::family::State;
 use pleach_engine::survey::Survey;
-use pleach_engine::{Error, ErrorKind, Keep, Result, prepare_merge};
+use pleach_engine::{BitmapPolicy, Error, ErrorKind, Keep, Result, prepare_run};
 use pleach_store::RealDisk;
 
 use crate::act::{carry_out, start_jobs};
@@ -24,7 +24,7 @@ pub(crate) fn run(args: &MergeArgs) -> Result<ExitCode> {
         Some(name) => named(&survey, (top, base), name),
         None => args.keep.clone(),
     };
-    merge(&target, &mut survey, (top, base), &keep, Verb::Merge, &args.run)
+    merge(&target, &mut survey, (top, base), &keep, args.bitmaps.policy, Verb::Merge, &args.run)
 }
 
 pub(crate) fn commit(args: &CommitArgs) -> Result<ExitCode> {
@@ -39,7 +39,7 @@ pub(crate) fn commit(args: &CommitArgs) -> Result<ExitCode> {
             Error::new(ErrorKind::Usage, text).at(&args.image)
         })?,
     };
-    merge(&target, &mut survey, (top, base), &Keep::Both, Verb::Commit, &args.run)
+    merge(&target, &mut survey, (top, base), &Keep::Both, args.bitmaps.policy, Verb::Commit, &args.run)
 }
 
 fn find(survey: &Survey, path: &Path) -> Result<usize> {
@@ -90,7 +90,7 @@ pub(crate) fn squash(args: &SquashArgs) -> Result<ExitCode> {
         let text = format!("a run of one snapshot, \"{}\": there is nothing to squash", args.last);
         return Err(Error::new(ErrorKind::Usage, text));
     }
-    merge(&target, &mut survey, run, &Keep::Child, Verb::Merge, &args.run)
+    merge(&target, &mut survey, run, &Keep::Child, BitmapPolicy::Merge, Verb::Merge, &args.run)
 }
 
 fn merge(
@@ -98,6 +98,7 @@ fn merge(
     survey: &mut Survey,
     run: (usize, usize),
     keep: &Keep,
+    bitmaps: BitmapPolicy,
     verb: Verb,
     how: &RunArgs,
 ) -> Result<ExitCode> {
@@ -107,7 +108,7 @@ fn merge(
             survey.also_directory(&RealDisk, &home)?;
         }
     }
-    let prepared = prepare_merge(&RealDisk, survey, run, keep, how.changes())?;
+    let prepared = prepare_run(&RealDisk, survey, run, keep, bitmaps, how.changes())?;
     let view = View { survey, base: &target.base, bytes: how.act.bytes, verb };
     carry_out(&view, prepared, how)
 }

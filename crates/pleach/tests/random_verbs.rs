@@ -67,6 +67,9 @@ fn run_tree(seed: u64, used: &mut BTreeMap<&'static str, usize>) {
         if std::env::var_os("PLEACH_KEEP").is_some() {
             copy_dir(&tree.dir, &work.join(format!("before-{step}")));
         }
+        if state.forest.iter().all(|(_, node)| node.format == Format::Raw) {
+            break;
+        }
         let operation = state.choose(&mut rng);
         let label = format!("seed {seed:#x}, step {step}: {:?}", operation.command);
         *used.entry(state.carry_out(operation, &label)).or_default() += 1;

@@ -5,9 +5,10 @@
 
 use std::ops::Range;
 
-use pleach_alloc::Write;
+use pleach_alloc::{Allocator, Write};
 use pleach_format::{
-    BitmapCluster, BitmapRecord, BitmapTableEntry, BitmapsExtension, HostCluster, HostOffset, Version,
+    BitmapCluster, BitmapRecord, BitmapTableEntry, BitmapsExtension, Geometry, HostCluster, HostOffset,
+    Version,
 };
 use pleach_store::Store;
 
@@ -72,6 +73,11 @@ impl Bits {
         }
     }
 
+    /// Virtual size of the disk that they are for.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
     /// The guest ranges whose bits are set, in order, neighbours joined.
     pub fn ranges(&self) -> Vec<Range<u64>> {
         let mut out: Vec<Range<u64>> = Vec::new();
@@ -106,6 +112,40 @@ impl Bits {
         {
             *last &= 0xff >> (8 - bits % 8);
         }
+    }
+}
+
+/// A bitmap as it is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WantedBitmap {
+    /// Its name.
+    pub name: Vec<u8>,
+    /// Whether it records writes.
+    pub enabled: bool,
+    /// What is marked, for a disk of the image's size.
+    pub bits: Bits,
+}
+
+impl WantedBitmap {
+    /// Takes the clusters that [`Writer::put_bitmaps`] will take for the bits, in the same order.
+    ///
+    /// # Errors
+    /// An image that cannot grow.
+    pub fn allocate(&self, g: Geometry, allocator: &mut Allocator) -> Result<(), ImageError> {
+        let mut entries = 0;
+        for chunk in self.bits.bytes.chunks(g.cluster_bytes()) {
+            entries += 1;
+            if chunk.iter().any(|&b| b != 0) {
+                allocator.allocate()?;
+            }
+        }
+        allocator.allocate_contiguous(g.clusters_for(entries * 8).0)?;
+        Ok(())
+    }
+
+    /// Bytes of the bitmap's entry in the directory.
+    pub fn directory_bytes(&self) -> u64 {
+        (24 + self.name.len() as u64).next_multiple_of(8)
     }
 }
 
@@ -369,6 +409,44 @@ impl Writer {
                 bits.mark(range.start, range.end - range.start);
             }
             (record.table_offset, record.table_size) = state.store_bits(&bits)?;
+            Ok(())
+        })
+    }
+
+    /// Makes bitmaps what `wanted` says, adding those that are not there, and removes those named in `gone`: all of it at
+    /// once.
+    ///
+    /// # Errors
+    /// [`ImageError::Refused`] for a version 2 image, bits of another size, or a header without room.
+    pub fn put_bitmaps(&self, wanted: &[WantedBitmap], gone: &[Vec<u8>]) -> Result<(), ImageError> {
+        self.edit_bitmaps(|state, records| {
+            if state.shape.version == Version::V2 && !wanted.is_empty() {
+                let what = "a version 2 image cannot hold bitmaps".to_owned();
+                return Err(ImageError::Refused { what });
+            }
+            records.retain(|r| !gone.contains(&r.name));
+            for bitmap in wanted {
+                if bitmap.bits.size != state.image.size() {
+                    let what = format!(
+                        "the bitmap \"{}\" is for a disk of {} bytes, this disk has {}",
+                        escape(&bitmap.name),
+                        bitmap.bits.size,
+                        state.image.size()
+                    );
+                    return Err(ImageError::Refused { what });
+                }
+                let (table_offset, table_size) = state.store_bits(&bitmap.bits)?;
+                records.retain(|r| r.name != bitmap.name);
+                records.push(BitmapRecord {
+                    table_offset,
+                    table_size,
+                    flags: if bitmap.enabled { BitmapRecord::AUTO } else { 0 },
+                    kind: BitmapRecord::DIRTY_TRACKING,
+                    granularity_bits: u8::try_from(bitmap.bits.granularity_bits).unwrap_or(31),
+                    extra: Vec::new(),
+                    name: bitmap.name.clone(),
+                });
+            }
             Ok(())
         })
     }

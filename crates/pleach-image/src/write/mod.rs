@@ -12,8 +12,8 @@ use pleach_alloc::{Allocator, Census, Change, Place};
 use pleach_format::{Autoclear, GuestCluster, HostCluster, HostOffset, Incompatible, Mapping};
 use pleach_store::Store;
 
-pub use self::bitmaps::Bits;
 use self::bitmaps::LiveBitmaps;
+pub use self::bitmaps::{Bits, WantedBitmap};
 pub use self::snapshots::NewSnapshot;
 use crate::cell::{Cell, Shape};
 use crate::codec::Compressor;
