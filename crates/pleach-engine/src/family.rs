@@ -1,5 +1,6 @@
 //! The survey as a hierarchy: a node for every image and internal snapshot, with names that people can type.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -7,6 +8,7 @@ use pleach_image::escape;
 use pleach_lineage::{Kind, Lineage, Node, NodeId, Storage, order, smallvec};
 use pleach_store::FileId;
 
+use crate::naming::{Candidate, Names, meant};
 use crate::survey::{Backing, FileFormat, Survey};
 use crate::{Error, ErrorKind, Result};
 
@@ -40,7 +42,18 @@ impl Family {
     /// # Errors
     /// None in practice: names are made unique.
     pub fn of(survey: &Survey, base: &Path) -> Result<Self> {
-        let names = Names::of(survey, base);
+        Self::around(survey, base, None)
+    }
+
+    /// As [`of`](Self::of); what hangs together with the file `centre`, by index, is named as if there were no other files.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn around(survey: &Survey, base: &Path, centre: Option<usize>) -> Result<Self> {
+        let near: BTreeSet<usize> = centre.map(|centre| survey.linked(centre)).unwrap_or_default();
+        let (near, far): (Vec<usize>, Vec<usize>) =
+            (0..survey.files.len()).partition(|file| near.contains(file));
+        let names = Names::of(survey, base, &[near, far]);
         let reads = survey.reads();
         let by_path: BTreeMap<&Path, usize> =
             survey.files.iter().enumerate().map(|(i, f)| (f.path.as_path(), i)).collect();
@@ -49,7 +62,7 @@ impl Family {
         let mut family = Self { lineage: Lineage::new(), states: BTreeMap::new(), nodes: BTreeMap::new() };
         for id in order::backing_first(sorted, &reads) {
             if let Some(index) = survey.find_id(id) {
-                family.add(survey, index, &names)?;
+                family.add(survey, base, index, &names)?;
             }
         }
         let heads: Vec<NodeId> = family.heads().collect();
@@ -72,12 +85,12 @@ impl Family {
         Self { lineage, states, nodes }
     }
 
-    fn add(&mut self, survey: &Survey, index: usize, names: &Names) -> Result<()> {
+    fn add(&mut self, survey: &Survey, base: &Path, index: usize, names: &Names) -> Result<()> {
         let Some(file) = survey.files.get(index) else { return Ok(()) };
         if file.format == FileFormat::Raw && file.dependents.is_empty() {
             return Ok(());
         }
-        let shown = names.file(index);
+        let shown = shown(&file.path, base);
         let mut parent = match file.backing {
             Backing::File(b) => self.nodes.get(&b).copied(),
             _ => None,
@@ -140,113 +153,27 @@ impl Family {
         std::iter::once(root).chain(self.lineage.descendants(root)).collect()
     }
 
-    /// The node that `name` means: a node's name, or the file name of an image.
+    /// The node that `name` means: a node's name, or another word for it.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] if there is none.
+    /// [`ErrorKind::NotFound`] if there is none; [`ErrorKind::Usage`] if it may mean several.
     pub fn resolve(&self, survey: &Survey, name: &str) -> Result<NodeId> {
-        if let Some(id) = self.lineage.find(name) {
+        let exact = self.lineage.find(name).filter(|_| !name.contains("\\x"));
+        if let Some(id) = exact {
             return Ok(id);
         }
-        let matches = |path: &Path| {
-            path == Path::new(name)
-                || path.file_name().is_some_and(|n| n == name)
-                || path.file_stem().is_some_and(|n| n == name)
-        };
-        let found: Vec<NodeId> = survey
-            .files
-            .iter()
-            .enumerate()
-            .filter(|(_, f)| matches(&f.path))
-            .filter_map(|(i, _)| self.node_of_file(i))
-            .collect();
-        match found.as_slice() {
-            [one] => Ok(*one),
-            [] => {
-                let known: Vec<String> = self
-                    .lineage
-                    .ids()
-                    .filter_map(|id| self.lineage.get(id))
-                    .map(|n| n.name.clone())
-                    .take(20)
-                    .collect();
-                Err(Error::new(ErrorKind::NotFound, format!("there is no node named \"{name}\""))
-                    .hint(format!("the nodes are: {}", known.join(", "))))
-            }
-            several => {
-                let names: Vec<&str> =
-                    several.iter().filter_map(|&id| self.lineage.get(id)).map(|n| n.name.as_str()).collect();
-                Err(Error::new(ErrorKind::Usage, format!("\"{name}\" may mean several nodes"))
-                    .hint(format!("say which: {}", names.join(", "))))
-            }
-        }
+        let candidates = self.lineage.ids().filter_map(|id| {
+            let node = self.lineage.get(id)?;
+            let paths = self.states(id).iter().map(|state| match state {
+                State::File(file) | State::Snapshot(file, _) => survey.files.get(*file),
+            });
+            let paths = paths.map(|file| Cow::Borrowed(file.map_or(Path::new(""), |f| &*f.path)));
+            let states = paths.zip(node.storage.iter().map(|(_, storage)| storage)).collect();
+            Some(Candidate { name: &node.name, states })
+        });
+        let name = meant(name, candidates)?;
+        self.lineage.find(name).ok_or_else(|| Error::new(ErrorKind::NotFound, "no such node"))
     }
-}
-
-/// Names for nodes: the file's stem where that is unique, else its name, else its path.
-struct Names {
-    nodes: Vec<String>,
-    files: Vec<String>,
-    snapshots: BTreeMap<(usize, usize), String>,
-}
-
-impl Names {
-    fn of(survey: &Survey, base: &Path) -> Self {
-        let files: Vec<String> = survey.files.iter().map(|f| shown(&f.path, base)).collect();
-        let part = |pick: fn(&Path) -> Option<&std::ffi::OsStr>| -> Vec<String> {
-            let name = |f: &crate::survey::SurveyFile| pick(&f.path).map(|n| escape(n.as_encoded_bytes()));
-            survey.files.iter().map(|f| name(f).unwrap_or_default()).collect()
-        };
-        let (stems, full) = (part(Path::file_stem), part(Path::file_name));
-        let (stem_uses, full_uses) = (uses(&stems), uses(&full));
-        let once = |uses: &BTreeMap<&str, usize>, name: &str| uses.get(name) == Some(&1);
-        let mut taken = BTreeSet::new();
-        let mut nodes = Vec::new();
-        for ((stem, full), file) in stems.iter().zip(&full).zip(&files) {
-            let name = if once(&stem_uses, stem) {
-                stem
-            } else if once(&full_uses, full) && !stem_uses.contains_key(full.as_str()) {
-                full
-            } else {
-                file
-            };
-            taken.insert(name.clone());
-            nodes.push(name.clone());
-        }
-        let mut snapshots = BTreeMap::new();
-        for (i, file) in survey.files.iter().enumerate() {
-            for (k, snapshot) in file.snapshots.iter().enumerate() {
-                let (plain, id) = (escape(&snapshot.name), escape(&snapshot.id));
-                let owner = nodes.get(i).cloned().unwrap_or_default();
-                let options = [plain.clone(), format!("{owner}@{plain}"), format!("{owner}@{id}")];
-                let free = options.into_iter().find(|n| !n.is_empty() && !taken.contains(n));
-                let name = free.unwrap_or_else(|| format!("{owner}@{id}#{k}"));
-                taken.insert(name.clone());
-                snapshots.insert((i, k), name);
-            }
-        }
-        Self { nodes, files, snapshots }
-    }
-
-    fn node(&self, file: usize) -> String {
-        self.nodes.get(file).cloned().unwrap_or_default()
-    }
-
-    fn file(&self, file: usize) -> String {
-        self.files.get(file).cloned().unwrap_or_default()
-    }
-
-    fn snapshot(&self, file: usize, index: usize) -> String {
-        self.snapshots.get(&(file, index)).cloned().unwrap_or_default()
-    }
-}
-
-fn uses(names: &[String]) -> BTreeMap<&str, usize> {
-    let mut uses = BTreeMap::new();
-    for name in names {
-        *uses.entry(name.as_str()).or_default() += 1;
-    }
-    uses
 }
 
 /// `path` as people see it: relative to `base` where it lies under it.

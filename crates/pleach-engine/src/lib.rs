@@ -49,6 +49,7 @@ mod leaks;
 mod map;
 mod merge;
 mod names;
+pub mod naming;
 mod open;
 mod rebase;
 mod reconcile;

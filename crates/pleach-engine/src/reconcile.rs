@@ -1,5 +1,6 @@
 //! A catalog held against its images: what they say is believed, what only it knows is kept.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
 
@@ -9,8 +10,9 @@ use pleach_store::Disk;
 
 use crate::Result;
 use crate::catalog::Catalog;
+use crate::naming::{Names, first_free, name_of_bytes, snapshot_options};
 use crate::survey::{Backing, FileFormat, Survey, SurveyFile};
-use crate::tree::{Inside, Missing, free_name};
+use crate::tree::{Inside, Missing};
 
 /// What was found.
 #[derive(Debug, Default)]
@@ -49,6 +51,7 @@ pub(crate) fn reconcile(
         inside: HashMap::new(),
         forgotten: BTreeMap::new(),
         seeds,
+        names_of: OnceCell::new(),
         taken: None,
         root: None,
         found: Reconciled::default(),
@@ -78,6 +81,8 @@ struct Look<'a> {
     /// such a file stands.
     forgotten: BTreeMap<(usize, Option<usize>), Option<String>>,
     seeds: &'a [(String, PathBuf)],
+    /// What states are called that have no name yet, once one is needed.
+    names_of: OnceCell<Names>,
     /// The names of nodes, once a new one is needed.
     taken: Option<HashSet<String>>,
     /// In a new catalog, the node of the first disk's root image: the root images of the other disks are its too.
@@ -286,7 +291,7 @@ impl<'a> Look<'a> {
             let (plain, id) = (escape(&snapshot.name), escape(&snapshot.id));
             let storage = Storage::Internal { file: shown.clone(), snapshot: plain.clone(), id };
             let parent = last.clone();
-            let name = match self.joins(&plain, disk) {
+            let name = match self.joins(&name_of_bytes(&snapshot.name), disk) {
                 Some(name) => {
                     if let Some(node) = self.record().find_mut(&name) {
                         node.storage.push((disk.to_owned(), storage));
@@ -294,7 +299,7 @@ impl<'a> Look<'a> {
                     name
                 }
                 None => {
-                    let name = self.new_name(&plain, &shown);
+                    let name = self.new_name(file, Some(at));
                     self.record().nodes.push(NodeRecord {
                         parent,
                         parent_guessed: guessed,
@@ -364,8 +369,7 @@ impl<'a> Look<'a> {
             self.owners.insert(file, name.clone());
             return Ok(name);
         }
-        let stem = escape(path.file_stem().unwrap_or_default().as_encoded_bytes());
-        let name = self.new_name(&stem, &shown);
+        let name = self.new_name(file, None);
         self.note(format!(
             "the image \"{}\" was not known: it is now {}",
             escape(shown.as_bytes()),
@@ -389,15 +393,24 @@ impl<'a> Look<'a> {
         (elsewhere && node.storage_of(disk).is_none()).then(|| node.name.clone())
     }
 
-    /// A free name for a new node: its own, or with its file's before it.
-    fn new_name(&mut self, plain: &str, file: &str) -> String {
-        let taken = self.taken();
-        let base = if plain.is_empty() || taken.contains(plain) {
-            format!("{}@{plain}", escape(file.as_bytes()))
-        } else {
-            plain.to_owned()
+    /// A free name for a new node: the one that it has without a catalog, if no other node has got that.
+    fn new_name(&mut self, file: usize, snapshot: Option<usize>) -> String {
+        let names = self.names_of.get_or_init(|| {
+            let group = self.reachable().into_keys().collect();
+            Names::of(self.survey, self.catalog.base(), &[group])
+        });
+        let mut options = match snapshot {
+            None => vec![names.node(file).to_owned()],
+            Some(at) => vec![names.snapshot(file, at).to_owned()],
         };
-        let name = free_name(&base, |name| taken.contains(name)).unwrap_or(base);
+        let entry = self.survey.files.get(file);
+        let full = entry.map(|f| name_of_bytes(f.path.file_name().unwrap_or_default().as_encoded_bytes()));
+        match snapshot.and_then(|at| entry?.snapshots.get(at)) {
+            Some(snapshot) => options.extend(snapshot_options(names.node(file), snapshot, true)),
+            None => options.extend(full),
+        }
+        let taken = self.taken();
+        let name = first_free(options, |name| taken.contains(name));
         taken.insert(name.clone());
         name
     }

@@ -1,6 +1,6 @@
 //! Which images there are, and which file each of them reads: found by looking, not by trusting names.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -265,6 +265,20 @@ impl Survey {
             }
         }
         Ok(chain)
+    }
+
+    /// The files that hang together with `file` by backing files, itself among them.
+    pub fn linked(&self, file: usize) -> BTreeSet<usize> {
+        let mut found = BTreeSet::from([file]);
+        let mut left = vec![file];
+        while let Some(file) = left.pop().and_then(|at| self.files.get(at)) {
+            let below = match file.backing {
+                Backing::File(below) => Some(below),
+                _ => None,
+            };
+            left.extend(file.dependents.iter().copied().chain(below).filter(|&next| found.insert(next)));
+        }
+        found
     }
 
     /// Whether following the backing files of `file` comes back to where it was.

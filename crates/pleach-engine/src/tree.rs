@@ -18,6 +18,7 @@ use pleach_store::{Disk, FileId};
 use crate::catalog::Catalog;
 use crate::family::{Family, State};
 use crate::journal::directory_of;
+use crate::naming::{Candidate, first_free, meant, name_of_bytes};
 use crate::reconcile::{Reconciled, quoted};
 use crate::survey::{Survey, Trust};
 use crate::{Error, ErrorKind, Result};
@@ -283,14 +284,19 @@ impl Tree {
         self.recorded.contains(file)
     }
 
-    /// The name under which the active heads are shown: the first active file's stem, or the next name that is free.
+    /// The name under which the active heads are shown: the first active file's stem, its file name where another file has
+    /// that stem, or the next name that is free.
     pub fn head_name(&self) -> Option<String> {
         let record = &self.catalog.record;
         let active = record.disks.iter().find_map(|d| d.active.as_deref())?;
         let path = self.catalog.path_of(active);
-        let stem = escape(path.file_stem().unwrap_or_default().as_encoded_bytes());
+        let others = record.files().into_iter().filter(|&file| file != active);
+        let shared =
+            others.map(|file| self.catalog.path_of(file)).any(|other| other.file_stem() == path.file_stem());
+        let parts = [path.file_stem().filter(|_| !shared), path.file_name()];
+        let parts = parts.into_iter().flatten().map(|part| name_of_bytes(part.as_encoded_bytes()));
         let taken: BTreeSet<&str> = record.nodes.iter().map(|n| n.name.as_str()).collect();
-        free_name(&stem, |name| taken.contains(name))
+        Some(first_free(parts.collect(), |name| taken.contains(name)))
     }
 
     /// The hierarchy: the record's nodes, and one for the active heads, which stands on current.
@@ -337,44 +343,28 @@ impl Tree {
         files.into_iter().any(|f| disk.stat(&self.catalog.path_of(f)).is_ok_and(|s| s.id == stat.id))
     }
 
-    /// The node of that name; also by the file name of an external node.
+    /// The name of the node that `name` means; see [`crate::naming`].
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`], with the names that there are.
+    /// [`ErrorKind::NotFound`], with the names that there are; [`ErrorKind::Usage`] if it may mean several.
     pub fn resolve(&self, name: &str) -> Result<String> {
         let record = &self.catalog.record;
-        if record.find(name).is_some() {
+        if !name.contains("\\x") && record.find(name).is_some() {
             return Ok(name.to_owned());
         }
-        let named = |file: &str| {
-            let path = self.catalog.path_of(file);
-            path == Path::new(name)
-                || path.file_name().is_some_and(|n| n == name)
-                || path.file_stem().is_some_and(|n| n == name)
-        };
-        let by_file = |node: &&pleach_lineage::NodeRecord| {
-            node.storage.iter().any(|(_, s)| matches!(s, Storage::External { file } if named(file)))
-        };
-        let escaped = |node: &&pleach_lineage::NodeRecord| escape(node.name.as_bytes()) == name;
-        let mut found = record.nodes.iter().filter(|n| by_file(n) || escaped(n));
-        match (found.next(), found.next()) {
-            (Some(one), None) => Ok(one.name.clone()),
-            (Some(_), Some(_)) => {
-                Err(Error::new(ErrorKind::Usage, format!("\"{name}\" may mean several nodes"))
-                    .hint("use the node's name, as tree shows it"))
-            }
-            (None, _) => {
-                let known: Vec<String> =
-                    record.nodes.iter().take(20).map(|n| escape(n.name.as_bytes())).collect();
-                let text = format!("there is no node named \"{}\"", escape(name.as_bytes()));
-                let hint = if known.is_empty() {
-                    "the tree has no snapshots yet".to_owned()
-                } else {
-                    format!("the nodes are: {}", known.join(", "))
-                };
-                Err(Error::new(ErrorKind::NotFound, text).hint(hint))
-            }
-        }
+        let place = |(_, storage): &'_ (String, Storage)| Cow::Owned(self.catalog.path_of(storage.file()));
+        let candidates = record.nodes.iter().map(|node| {
+            let states = node.storage.iter().map(|state| (place(state), &state.1)).collect();
+            Candidate { name: &node.name, states }
+        });
+        meant(name, candidates).map(str::to_owned)
+    }
+
+    /// The node whose state is the active one of a file, or the snapshot of it at that place in the table.
+    pub fn node_at(&self, disk: &dyn Disk, file: FileId, snapshot: Option<usize>) -> Option<&str> {
+        let place = Place { file: self.survey.find_id(file)?, snapshot };
+        let is = |(_, storage): &(String, Storage)| self.place(disk, storage) == Some(place);
+        self.catalog.record.nodes.iter().find(|n| n.storage.iter().any(is)).map(|n| n.name.as_str())
     }
 
     /// Lets the record forget what is not there, and takes the only end of a branch for an active image that is gone. Says

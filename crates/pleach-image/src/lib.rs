@@ -61,7 +61,7 @@ pub use create::{CreateOptions, NewDataFile, Preallocation, create, create_in};
 pub use emptying::Emptying;
 pub use error::ImageError;
 pub use image::{Head, Image, read_head};
-pub use names::{NameError, backing_path, escape};
+pub use names::{NameError, backing_path, escape, is_printable};
 pub use packing::Packing;
 pub use publish::{Switch, clear_unknown_autoclear, publish, release, set_backing, set_bitmaps};
 pub use recount::{copied_fits, fit_copied};

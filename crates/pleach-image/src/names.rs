@@ -41,6 +41,12 @@ pub fn backing_path(image: &Path, name: &[u8]) -> Result<PathBuf, NameError> {
     Ok(directory.join(OsStr::from_bytes(name)))
 }
 
+/// Whether a character shows as itself and changes nothing around it.
+pub fn is_printable(c: char) -> bool {
+    !c.is_control()
+        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
 /// Bytes from an image as printable text: UTF-8 is kept, controls and everything else become `\xNN`.
 pub fn escape(bytes: &[u8]) -> String {
     let mut out = String::new();

@@ -5,8 +5,9 @@ mod trees;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{OsStringValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
+use pleach_engine::naming::name_of_bytes;
 use pleach_engine::survey::{FileFormat, Trust};
 use pleach_engine::{BitmapPolicy, Error, ErrorKind};
 
@@ -102,6 +103,11 @@ pub(crate) enum Command {
     },
 }
 
+/// A name of a node or snapshot that is there. What is no UTF-8 is escaped, as pleach prints it.
+pub(crate) fn node() -> impl TypedValueParser<Value = String> {
+    OsStringValueParser::new().map(|name| name_of_bytes(name.as_encoded_bytes()))
+}
+
 /// What images may make us open.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct TrustArgs {
@@ -156,7 +162,7 @@ pub(crate) struct TreeArgs {
     #[arg(long)]
     pub(crate) all: bool,
     /// Show only this node and what stands on it
-    #[arg(long, value_name = "NODE")]
+    #[arg(long, value_name = "NODE", value_parser = node())]
     pub(crate) from: Option<String>,
     /// Show only nodes on which nothing stands
     #[arg(long)]
@@ -285,7 +291,7 @@ pub(crate) struct CopyArgs {
     #[arg(short, long, value_parser = format)]
     pub(crate) format: Option<FileFormat>,
     /// Copy this internal snapshot, by id or name, instead of the active state
-    #[arg(long, value_name = "SNAPSHOT")]
+    #[arg(long, value_name = "SNAPSHOT", value_parser = node())]
     pub(crate) snapshot: Option<String>,
     /// Backing file of the copy: only what differs from it is copied; relative names are relative to the copy's directory
     #[arg(short, long, value_name = "FILE")]
@@ -395,7 +401,7 @@ pub(crate) struct MapArgs {
     #[arg(short, long, visible_alias = "max-length", value_name = "LENGTH", value_parser = size)]
     pub(crate) length: Option<u64>,
     /// Show this internal snapshot, by id or name
-    #[arg(long, value_name = "SNAPSHOT")]
+    #[arg(long, value_name = "SNAPSHOT", value_parser = node())]
     pub(crate) snapshot: Option<String>,
     /// Take the image to have this format; only needed for raw ones
     #[arg(short, long, value_parser = format)]
@@ -423,10 +429,10 @@ pub(crate) struct PairArgs {
     #[arg(short = 'F', long, value_parser = format)]
     pub(crate) second_format: Option<FileFormat>,
     /// Read this internal snapshot of A, by id or name
-    #[arg(long = "snapshot-a", value_name = "SNAPSHOT")]
+    #[arg(long = "snapshot-a", value_name = "SNAPSHOT", value_parser = node())]
     pub(crate) first_snapshot: Option<String>,
     /// Read this internal snapshot of B
-    #[arg(long = "snapshot-b", value_name = "SNAPSHOT")]
+    #[arg(long = "snapshot-b", value_name = "SNAPSHOT", value_parser = node())]
     pub(crate) second_snapshot: Option<String>,
     #[command(flatten)]
     pub(crate) read: ReadArgs,
@@ -654,6 +660,7 @@ pub(crate) struct DeleteArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The node
+    #[arg(value_parser = node())]
     pub(crate) name: String,
     /// Delete its descendants too
     #[arg(long, group = "mode")]
@@ -830,8 +837,10 @@ pub(crate) struct SquashArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The first snapshot of the run
+    #[arg(value_parser = node())]
     pub(crate) first: String,
     /// The last one, which stands on it, directly or not, and whose content and name stay
+    #[arg(value_parser = node())]
     pub(crate) last: String,
     #[command(flatten)]
     pub(crate) run: RunArgs,

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::act::{carry_out, start_jobs};
 use crate::args::DeleteArgs;
+use crate::output::printable;
 use crate::snapshots::{files, now};
 use crate::target::{Target, directory};
 use crate::{job, size};
@@ -22,8 +23,8 @@ use crate::{job, size};
 pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
     start_jobs(args.run.act.pace.jobs)?;
     let target = Target::named(&args.on)?;
-    if let Some(tree) = tree_of(args, &target)? {
-        return in_tree(args, tree);
+    if let Some((tree, name)) = tree_of(args, &target)? {
+        return in_tree(args, tree, name);
     }
     let mut survey = target.survey(&args.on.place.trust())?;
     let mut family = target.family(&survey)?;
@@ -46,12 +47,12 @@ pub(crate) fn run(args: &DeleteArgs) -> Result<ExitCode> {
     carry_out(&view, prepared, &args.run)
 }
 
-/// The tree in which the node is to be deleted: that of a catalog, or of one that the deletion needs. None where the
-/// images alone can say everything.
-fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<&'static Tree>> {
+/// The tree in which the node is to be deleted: that of a catalog, or of one that the deletion needs; and what the node is
+/// called there. None where the images alone can say everything.
+fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<(&'static Tree, String)>> {
     let trust = args.on.place.trust();
     if let Some(tree) = target.tree(&trust)? {
-        return Ok(Some(tree));
+        return Ok(Some((tree, args.name.clone())));
     }
     if args.metadata || args.children || args.children_only {
         // Nothing to forget without a catalog; and files go as a whole.
@@ -59,22 +60,29 @@ fn tree_of(args: &DeleteArgs, target: &Target) -> Result<Option<&'static Tree>> 
     }
     let survey = target.survey(&trust)?;
     let family = target.family(&survey)?;
-    let file = match family.state(family.resolve(&survey, &args.name)?) {
-        Some(State::File(index)) => survey.files.get(index).filter(|f| !f.snapshots.is_empty()),
-        Some(State::Snapshot(index, _)) => survey.files.get(index),
-        None => None,
+    let state = family.state(family.resolve(&survey, &args.name)?);
+    let (file, snapshot) = match state {
+        Some(State::File(index)) => (survey.files.get(index).filter(|f| !f.snapshots.is_empty()), None),
+        Some(State::Snapshot(index, at)) => (survey.files.get(index), Some(at)),
+        None => (None, None),
     };
-    file.map(|file| target.tree_around(&file.path, &trust)).transpose()
+    let Some(file) = file else { return Ok(None) };
+    let tree = target.tree_around(&file.path, &trust)?;
+    // In a directory of several trees, names may be longer.
+    let meant = tree.resolve(&args.name).ok();
+    let other =
+        tree.node_at(&RealDisk, file.stat.id, snapshot).filter(|node| meant.as_deref() != Some(*node));
+    Ok(Some((tree, other.unwrap_or(&args.name).to_owned())))
 }
 
 /// Deletes a node of a tree that has a catalog.
-fn in_tree(args: &DeleteArgs, tree: &Tree) -> Result<ExitCode> {
+fn in_tree(args: &DeleteArgs, tree: &Tree, name: String) -> Result<ExitCode> {
     let act = args.run.in_tree()?;
     let planned = if args.metadata {
-        forget(&RealDisk, tree, &args.name, mode(args))?
+        forget(&RealDisk, tree, &name, mode(args))?
     } else {
         let request = RemoveRequest {
-            name: args.name.clone(),
+            name,
             mode: mode(args),
             keep: args.keep.clone(),
             whole_tree: args.yes_everything,
@@ -158,17 +166,18 @@ impl View<'_> {
 
     /// The plan as text, totals last.
     pub(crate) fn text(&self, plan: &DeletePlan) -> String {
-        let mut out = format!("{} {}\n", self.verb.word(), plan.node);
+        let mut out = format!("{} {}\n", self.verb.word(), printable(&plan.node));
         let mut line = |what: &str, text: String| out.push_str(&format!("  {what:<8} {text}\n"));
         self.lines(plan, &mut line);
         for reader in self.dependents(plan) {
             line("reads it", reader);
         }
         for (name, parent) in &plan.reparented {
+            let name = printable(name);
             line(
                 "parent",
                 match parent {
-                    Some(parent) => format!("of {name} is {parent}"),
+                    Some(parent) => format!("of {name} is {}", printable(parent)),
                     None => format!("{name} becomes a root"),
                 },
             );
@@ -289,7 +298,7 @@ impl View<'_> {
             0 => String::new(),
             bytes => format!(" (of which {} shared)", self.size(bytes)),
         };
-        let mut out = format!("{} {}: {written} written{shared}", self.verb.done(), plan.node);
+        let mut out = format!("{} {}: {written} written{shared}", self.verb.done(), printable(&plan.node));
         out.push_str(&if self.verb == Verb::Rebase { "\n".to_owned() } else { format!(", {freed} freed\n") });
         for (from, to) in plan.renames(self.survey) {
             out.push_str(&format!("  {} is now called {}\n", self.path(from), self.path(to)));

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::OnceLock;
 
 use pleach_engine::{Error, ErrorKind, Result};
-use pleach_image::escape;
+use pleach_image::{escape, is_printable};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tempfile::SpooledTempFile;
@@ -56,11 +56,6 @@ pub(crate) fn lines(text: &str) -> Cow<'_, str> {
     }
     let show = |c: char| if stays(c) { c.to_string() } else { c.escape_default().to_string() };
     Cow::Owned(text.chars().map(show).collect())
-}
-
-fn is_printable(c: char) -> bool {
-    !c.is_control()
-        && !matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// Writes one JSON document to stdout.
@@ -189,7 +184,7 @@ pub(crate) fn path(path: &Path) -> String {
     printable(&escape(path.as_os_str().as_encoded_bytes()))
 }
 
-/// A name in one printable line. Names that were read from images alone are escaped already.
+/// A name in one printable line.
 pub(crate) fn printable(name: &str) -> String {
     let show = |c: char| if is_printable(c) { c.to_string() } else { c.escape_default().to_string() };
     name.chars().map(show).collect()

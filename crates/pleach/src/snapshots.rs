@@ -77,7 +77,7 @@ pub(crate) fn snapshot(args: &SnapshotArgs) -> Result<ExitCode> {
         files: files(&args.files)?,
     };
     let job = take(&RealDisk, tree, &request)?;
-    let word = escape(args.name.as_bytes());
+    let word = output::printable(&args.name);
     carry_out(tree, job, &args.act, false, &Said::Word(&word))
 }
 

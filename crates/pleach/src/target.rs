@@ -174,7 +174,8 @@ impl Target {
 
     /// The nodes of a survey.
     pub(crate) fn family(&self, survey: &Survey) -> Result<Family> {
-        Family::of(survey, &self.base)
+        let image = self.image.as_ref().and_then(|path| survey.find(&RealDisk, path));
+        Family::around(survey, &self.base, image)
     }
 }
 

@@ -5,13 +5,14 @@ use pleach_lineage::{DeleteMode, Storage};
 use pleach_store::Disk;
 
 use super::{Act, Draft, Job};
+use crate::naming::is_inside;
 use crate::reconcile::quoted;
 use crate::steps::Step;
 use crate::tree::Tree;
 use crate::{Error, ErrorKind, Result};
 
-/// Plans another name for a node. Snapshots inside images are renamed with it where they had the node's name; files are
-/// not.
+/// Plans another name for a node. Snapshots inside images are renamed with it where the node was named after them; files
+/// are not.
 ///
 /// # Errors
 /// A name that is taken, or that no node may have; [`ErrorKind::NotFound`].
@@ -29,7 +30,7 @@ pub fn rename(disk: &dyn Disk, tree: &Tree, name: &str, to: &str) -> Result<Job>
     for (_, storage) in &mut storage {
         let Some(place) = tree.place(disk, storage) else { continue };
         if let Storage::Internal { file, snapshot, id } = storage
-            && *snapshot == escape(name.as_bytes())
+            && is_inside(&draft.entry(place.file)?.path, snapshot, id, &name)
             && let Some(at) = place.snapshot
         {
             let inner = draft.inner(place.file, at)?;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use pleach_engine::verbs::TakeKind;
 
-use super::{ActArgs, PlaceArgs, TargetArgs};
+use super::{ActArgs, PlaceArgs, TargetArgs, node};
 
 #[derive(Debug, Args)]
 pub(crate) struct InitArgs {
@@ -54,6 +54,7 @@ pub(crate) struct RevertArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The node to go back to
+    #[arg(value_parser = node())]
     pub(crate) name: String,
     /// Changes since the last snapshot are lost
     #[arg(long, conflicts_with = "save_as")]
@@ -73,6 +74,7 @@ pub(crate) struct RenameArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The node
+    #[arg(value_parser = node())]
     pub(crate) name: String,
     /// Its new name; files keep theirs
     pub(crate) new_name: String,
@@ -85,6 +87,7 @@ pub(crate) struct NoteArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The node
+    #[arg(value_parser = node())]
     pub(crate) name: String,
     /// Its new description; without one, the present one is shown
     #[arg(allow_hyphen_values = true)]
@@ -98,6 +101,7 @@ pub(crate) struct CurrentArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The node that is to be current; without one, the current one is shown
+    #[arg(value_parser = node())]
     pub(crate) name: Option<String>,
     #[command(flatten)]
     pub(crate) act: ActArgs,
@@ -108,6 +112,7 @@ pub(crate) struct ShowArgs {
     #[command(flatten)]
     pub(crate) on: TargetArgs,
     /// The node
+    #[arg(value_parser = node())]
     pub(crate) name: String,
     /// Print one JSON document
     #[arg(long)]
