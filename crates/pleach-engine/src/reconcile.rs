@@ -507,23 +507,29 @@ impl<'a> Look<'a> {
     /// elsewhere when that becomes current: then the catalog knows better.
     fn correct_parents(&mut self) {
         let one_disk = self.catalog.record.disks.len() == 1;
-        if !one_disk && !self.catalog.is_new() && self.catalog.record.current.is_some() {
+        let many = !one_disk && !self.catalog.is_new();
+        if many && self.catalog.record.current.is_some() {
             return;
         }
         // What the images of each node stand on.
         let mut suggested: BTreeMap<String, Vec<String>> = BTreeMap::new();
-        for (&file, name) in self.owners.iter().filter(|_| one_disk || self.catalog.is_new()) {
+        for (&file, name) in self.owners.iter().filter(|_| !many) {
             if let Some(on) = self.below(file) {
                 suggested.entry(name.clone()).or_default().push(on);
             }
         }
         let current = &self.catalog.record.current;
-        let heads: Vec<String> = self
+        let mut heads: Vec<String> = self
             .active
             .keys()
             .filter_map(|&file| self.below(file))
             .filter(|on| current.as_ref() != Some(on))
             .collect();
+        // None may be current; unless all agree, that is so.
+        if many && (heads.len() < self.active.len() || heads.windows(2).any(|two| two.first() != two.last()))
+        {
+            heads.clear();
+        }
         // The parent that is known stays if the image of any disk bears it out.
         for node in &self.catalog.record.nodes {
             if suggested.is_empty() {

@@ -375,3 +375,37 @@ fn other_names_of_a_file_that_goes_are_warned_of() {
         assert!(outcome.stdout.contains("2 hard links"), "{outcome}");
     }
 }
+
+/// The answers of docs/lineage.md are what the commands print; what is freed depends on the file system.
+#[test]
+fn the_questions_of_2011_are_answered_as_the_documents_say() {
+    let document = include_str!("../../../docs/lineage.md");
+    let (_, section) = document.split_once("## The questions of 2011").unwrap();
+    let section = section.split("\n## ").next().unwrap();
+    let work = WorkDir::new("questions");
+    let tools = Path::new(env!("CARGO_BIN_EXE_pleach")).parent().unwrap();
+    let path = format!("{}:{}", tools.display(), std::env::var("PATH").unwrap());
+    let without_freed =
+        |line: &str| line.split(", ").filter(|part| !part.ends_with(" freed")).collect::<String>();
+    let mut functions = String::new();
+    let mut commands = 0;
+    for block in section.split("```console\n").skip(1) {
+        let block = block.split("```").next().unwrap();
+        for entry in block.split("$ ").filter(|entry| entry.contains('\n')) {
+            let (command, wanted) = entry.split_once('\n').unwrap();
+            if command.contains("() {") {
+                functions = format!("{command}\n");
+                continue;
+            }
+            let script = format!("{functions}{command}");
+            let mut bash = Command::new("bash");
+            bash.current_dir(&*work).env("PATH", &path).args(["-c", &script]);
+            let outcome = Running::start(bash).finish(Duration::from_secs(60));
+            assert_eq!(outcome.code, Some(0), "{outcome}");
+            let lines = |text: &str| text.lines().map(without_freed).collect::<Vec<_>>();
+            assert_eq!(lines(&outcome.stdout), lines(wanted), "{command}\n{}", outcome.stdout);
+            commands += 1;
+        }
+    }
+    assert_eq!(commands, 12);
+}
