@@ -588,7 +588,7 @@ impl<'a> OpenSteps<'a> {
                     unlink(disk, path)?;
                 }
                 Step::Take { inner, .. } if self.has(inner)? => {
-                    let image = Internal::open(disk, &inner.image.path)?;
+                    let image = self.inside(inner)?;
                     image.delete(&inner.id())?;
                     image.close()?;
                 }
