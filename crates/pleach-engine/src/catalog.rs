@@ -26,10 +26,11 @@
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use pleach_image::escape;
 use pleach_lineage::{Kind, Record, RecordError, Storage, record};
-use pleach_store::{Access, Disk, FileId};
+use pleach_store::{Access, Disk, FileId, Role, Store};
 
 use crate::family::shown;
 use crate::journal::{DIRECTORY, directory_of, encoded};
@@ -198,6 +199,11 @@ impl Catalog {
         &self.base
     }
 
+    /// What its file was when it was read or written last, or is to be: none there.
+    pub(crate) fn version(&self) -> CatalogText {
+        CatalogText::of(self.text.as_bytes())
+    }
+
     /// Whether it is not on disk yet.
     pub fn is_new(&self) -> bool {
         self.text.is_empty()
@@ -222,6 +228,30 @@ impl Catalog {
         let real = disk.canonical(&dir).map_err(|e| Error::io("find the directory", &dir, e))?;
         let real = real.join(path.file_name().unwrap_or_default());
         Ok(encoded::text(real.strip_prefix(&self.base).unwrap_or(&real)))
+    }
+}
+
+/// What tells one text of a catalog from another: its length and CRC-32.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub(crate) struct CatalogText(usize, u32);
+
+impl CatalogText {
+    fn of(bytes: &[u8]) -> Self {
+        Self(bytes.len(), crc32fast::hash(bytes))
+    }
+
+    /// Refuses to go on if the file at `path` is another one by now.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InUse`]; what the system says.
+    pub(crate) fn still_holds(self, disk: &dyn Disk, path: &Path) -> Result<()> {
+        let now = if disk.stat(path).is_ok() { read(disk, path)? } else { Vec::new() };
+        if Self::of(&now) == self {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::InUse, "somebody else has changed the catalog meanwhile")
+            .at(path)
+            .hint("try again"))
     }
 }
 
@@ -280,6 +310,14 @@ pub fn kept_in(disk: &dyn Disk, images: &Path, file: FileId) -> Result<Vec<Kept>
 /// # Errors
 /// What the system says.
 pub(crate) fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<()> {
+    replace_held(disk, path, bytes, false).map(drop)
+}
+
+/// The same; with `lock` the new file is locked before it has its name, for as long as what is returned lives.
+///
+/// # Errors
+/// As [`replace`].
+pub(crate) fn replace_held(disk: &dyn Disk, path: &Path, bytes: &[u8], lock: bool) -> Result<Arc<dyn Store>> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push("-new");
     let temp = path.with_file_name(name);
@@ -290,6 +328,9 @@ pub(crate) fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<()> 
     let store = disk.create_new(&temp).map_err(io("create"))?;
     let written = store.write_at(0, bytes).and_then(|()| store.barrier());
     let dir = directory_of(path);
+    if lock {
+        store.lock(Role::Write).map_err(|e| Error::locked(path, e))?;
+    }
     let placed = written
         .and_then(|()| if disk.stat(path).is_ok() { disk.copy_attributes(path, &temp) } else { Ok(()) })
         .and_then(|()| disk.rename(&temp, path))
@@ -299,7 +340,8 @@ pub(crate) fn replace(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<()> 
         let _ = disk.unlink(&temp);
     }
     placed?;
-    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))
+    disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory", &dir, e))?;
+    Ok(store)
 }
 
 /// The whole of a small file.

@@ -432,7 +432,7 @@ pub(crate) fn freed_by(file: &SurveyFile) -> u64 {
 pub(crate) fn refuse_journals(disk: &dyn Disk, survey: &Survey) -> Result<()> {
     for dir in &survey.directories {
         if let Some(journal) = pending(disk, dir)?.first() {
-            return Err(unfinished(journal));
+            return Err(unfinished(disk, journal));
         }
     }
     Ok(())

@@ -12,10 +12,11 @@
 //! images where they lie under it, so that a moved directory can be resumed; `HEADER` (2) holds an image's inode number,
 //! and the old and the new bytes of its header. Only its owner may write a journal, and nobody else's is followed.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use pleach_store::{Access, Disk, Stat, Store};
+use pleach_store::{Access, Disk, LockError, Role, Stat, Store};
 use serde::{Deserialize, Serialize};
 
 use crate::bitmaps::BitmapPolicy;
@@ -293,7 +294,11 @@ pub fn pending(disk: &dyn Disk, directory: &Path) -> Result<Vec<PathBuf>> {
     if disk.stat(&inside).is_err() {
         return Ok(Vec::new());
     }
-    let entries = disk.list(&inside).map_err(|e| Error::io("read the directory", &inside, e))?;
+    let entries = match disk.list(&inside) {
+        // Whoever had the last file in it has just ended.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(|e| Error::io("read the directory", &inside, e))?,
+    };
     let is_journal = |p: &PathBuf| p.extension().is_some_and(|e| e == "journal" || e == STEPS);
     Ok(entries.into_iter().filter(is_journal).collect())
 }
@@ -328,7 +333,7 @@ impl<'a> Journal<'a> {
         let path = journal_path(image);
         let dir = directory_of(&path);
         if disk.stat(&path).is_ok() {
-            return Err(unfinished(&path));
+            return Err(unfinished(disk, &path));
         }
         let io = |what: &'static str| {
             let path = path.clone();
@@ -349,6 +354,7 @@ impl<'a> Journal<'a> {
             let record = encode(BEGIN, 0, &payload)?;
             store.write_at(0, &record).map_err(io("write the journal"))?;
             store.barrier().map_err(io("flush the journal"))?;
+            store.lock(Role::Write).map_err(|e| Error::locked(&temp, e))?;
             disk.rename(&temp, &path).map_err(io("give the journal its name"))?;
             disk.sync_dir(&dir).map_err(io("flush the directory of the journal"))?;
             // An earlier run may have made the directory and gone before this.
@@ -380,6 +386,7 @@ impl<'a> Journal<'a> {
             .at(path)
             .hint("resume as the user who began the operation"));
         }
+        store.lock(Role::Write).map_err(|_| at_work(path))?;
         let len = store.len().map_err(io("read the journal"))?;
         let mut bytes = vec![0; usize::try_from(len.min(64 << 20)).unwrap_or(0)];
         store.read_at(0, &mut bytes).map_err(io("read the journal"))?;
@@ -430,12 +437,32 @@ impl<'a> Journal<'a> {
     }
 }
 
-/// The error for an operation that meets another's journal.
-pub(crate) fn unfinished(journal: &Path) -> Error {
+/// The error for an operation that meets another's journal: that one is at work, or was interrupted. Whoever works has
+/// the journal locked.
+pub fn unfinished(disk: &dyn Disk, journal: &Path) -> Error {
+    let now = || disk.stat(journal).ok().map(|stat| stat.id);
+    // One that is another file by now, or gone, is somebody's who goes on, or has just ended.
+    let alive = match disk.open(journal, Access::Read) {
+        Ok(store) => {
+            matches!(store.lock(Role::Read), Err(LockError::InUse { .. }))
+                || store.stat().ok().map(|stat| stat.id) != now()
+        }
+        Err(_) => now().is_none(),
+    };
+    if alive {
+        return at_work(journal);
+    }
     let images = directory_of(&directory_of(journal));
     Error::new(ErrorKind::Failed, "an earlier operation on these images was interrupted")
         .at(journal)
         .hint(format!("finish it first: pleach resume {}", images.display()))
+}
+
+/// The error for a journal that is locked.
+pub(crate) fn at_work(journal: &Path) -> Error {
+    Error::new(ErrorKind::InUse, "another operation on these images is at work")
+        .at(journal)
+        .hint("wait until it has ended, then try again")
 }
 
 fn encode(kind: u8, number: u32, payload: &[u8]) -> Result<Vec<u8>> {

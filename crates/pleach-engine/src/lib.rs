@@ -78,7 +78,7 @@ pub use diff::{Changed, diff};
 pub use error::{Error, ErrorKind, Result};
 pub use execute::{Outcome, execute};
 pub use fingerprint::Fingerprint;
-pub use journal::{Intent, JournalImage, NewBacking, NewName, pending};
+pub use journal::{Intent, JournalImage, NewBacking, NewName, pending, unfinished};
 pub use map::{Extent, map};
 pub use merge::{prepare_merge, prepare_run};
 pub use open::{OpenFiles, open_one};

@@ -7,13 +7,14 @@
 
 use std::cell::Cell;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use pleach_format::{BackingFile, Version};
 use pleach_image::{Chain, CreateOptions, Image, NewSnapshot, create, escape};
-use pleach_store::{Access, Disk, Role};
+use pleach_store::{Access, Disk, Role, Store};
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{read, replace};
+use crate::catalog::{CatalogText, read, replace, replace_held};
 use crate::convert::{self, Converted, NewImage, Target};
 use crate::delete::{Decided, DeletePlan, Keep, Prepared, plan_single};
 use crate::execute::{execute, nobody_reads};
@@ -361,7 +362,13 @@ pub(crate) fn place(catalog: &Path) -> PathBuf {
 /// # Errors
 /// What keeps it from going on. If only new things were made by then they are gone again; else the journal stays, and
 /// every node that stays reads as before.
-pub(crate) fn run(disk: &dyn Disk, catalog: &Path, mut steps: Steps, watch: &Watch) -> Result<Outcome> {
+pub(crate) fn run(
+    disk: &dyn Disk,
+    catalog: &Path,
+    planned_on: CatalogText,
+    mut steps: Steps,
+    watch: &Watch,
+) -> Result<Outcome> {
     let path = place(catalog);
     let images = directory_of(&directory_of(catalog));
     let base = disk.canonical(&images).map_err(|e| Error::io("find the directory", &images, e))?;
@@ -369,12 +376,18 @@ pub(crate) fn run(disk: &dyn Disk, catalog: &Path, mut steps: Steps, watch: &Wat
         // One change that is whole or not there.
         let inside = directory_of(path);
         disk.make_dir(&inside).map_err(|e| Error::io("make the directory of the catalog", &inside, e))?;
+        planned_on.still_holds(disk, catalog)?;
         replace(disk, path, text.as_bytes())?;
         disk.sync_dir(&base).map_err(|e| Error::io("flush the directory", &base, e))?;
         return Ok(Outcome::default());
     }
-    begin(disk, &path, &steps.encode(&base)?, &base)?;
-    let mut journal = OpenSteps::of(disk, &path, &base, &mut steps);
+    let held = begin(disk, &path, &steps.encode(&base)?, &base)?;
+    // Nobody else begins from here on; somebody may have ended since this was planned.
+    if let Err(error) = planned_on.still_holds(disk, catalog) {
+        end(disk, &path)?;
+        return Err(error);
+    }
+    let mut journal = OpenSteps::of(disk, &path, &base, &mut steps, held);
     let error = match journal.go_on(watch, false) {
         Ok(outcome) => {
             end(disk, &path)?;
@@ -395,9 +408,9 @@ pub(crate) fn run(disk: &dyn Disk, catalog: &Path, mut steps: Steps, watch: &Wat
 /// # Errors
 /// What keeps it from being finished; the journal stays.
 pub(crate) fn resume(disk: &dyn Disk, path: &Path, watch: &Watch) -> Result<String> {
-    let (mut steps, base) = reopen(disk, path)?;
+    let (mut steps, base, held) = reopen(disk, path)?;
     let what = steps.what.clone();
-    OpenSteps::of(disk, path, &base, &mut steps).go_on(watch, true)?;
+    OpenSteps::of(disk, path, &base, &mut steps, held).go_on(watch, true)?;
     end(disk, path)?;
     Ok(what)
 }
@@ -407,14 +420,14 @@ pub(crate) fn resume(disk: &dyn Disk, path: &Path, watch: &Watch) -> Result<Stri
 /// # Errors
 /// [`ErrorKind::Refused`] if it has begun to change what was there before; the journal stays.
 pub(crate) fn undo(disk: &dyn Disk, path: &Path) -> Result<String> {
-    let (mut steps, base) = reopen(disk, path)?;
+    let (mut steps, base, held) = reopen(disk, path)?;
     let what = steps.what.clone();
-    OpenSteps::of(disk, path, &base, &mut steps).take_back()?;
+    OpenSteps::of(disk, path, &base, &mut steps, held).take_back()?;
     end(disk, path)?;
     Ok(what)
 }
 
-fn reopen(disk: &dyn Disk, path: &Path) -> Result<(Steps, PathBuf)> {
+fn reopen(disk: &dyn Disk, path: &Path) -> Result<(Steps, PathBuf, Arc<dyn Store>)> {
     let store = disk.open(path, Access::Write).map_err(|e| Error::io("open the journal", path, e))?;
     if store.stat().map_err(|e| Error::io("look at the journal", path, e))?.owner != disk.user() {
         return Err(Error::new(
@@ -426,32 +439,37 @@ fn reopen(disk: &dyn Disk, path: &Path) -> Result<(Steps, PathBuf)> {
     }
     let images = directory_of(&directory_of(path));
     let base = disk.canonical(&images).map_err(|e| Error::io("find the directory", &images, e))?;
+    store.lock(Role::Write).map_err(|_| crate::journal::at_work(path))?;
     let steps = Steps::decode(&read(disk, path)?, &base, path)?;
-    Ok((steps, base))
+    Ok((steps, base, store))
 }
 
-/// Makes the journal; durable when this returns. Only one operation on a tree has one.
-fn begin(disk: &dyn Disk, path: &Path, text: &str, base: &Path) -> Result<()> {
+/// Makes the journal; durable when this returns. Only one operation on a tree has one, and it is locked as long as what is
+/// returned lives.
+fn begin(disk: &dyn Disk, path: &Path, text: &str, base: &Path) -> Result<Arc<dyn Store>> {
     let dir = directory_of(path);
     disk.make_dir(&dir).map_err(|e| Error::io("make the directory of the journal", &dir, e))?;
-    let temp = path.with_extension("steps-begun");
+    // Another process may be about to begin, too.
+    let temp = path.with_extension(format!("{}.steps-begun", std::process::id()));
     if disk.stat(&temp).is_ok() {
         disk.unlink(&temp).map_err(|e| Error::io("remove an old, unfinished journal", &temp, e))?;
     }
     let io = |what: &'static str| move |e| Error::io(what, path, e);
     let store = disk.create_private(&temp).map_err(io("create the journal"))?;
+    store.lock(Role::Write).map_err(|e| Error::locked(&temp, e))?;
     let written = store.write_at(0, text.as_bytes()).and_then(|()| store.barrier());
     let made = written.and_then(|()| disk.link(&temp, path));
     // The name that counts is the other one.
     let _ = disk.unlink(&temp);
     match made {
         Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
-            return Err(crate::journal::unfinished(path));
+            return Err(crate::journal::unfinished(disk, path));
         }
         made => made.map_err(io("write the journal"))?,
     }
     disk.sync_dir(&dir).map_err(|e| Error::io("flush the directory of the journal", &dir, e))?;
-    disk.sync_dir(base).map_err(|e| Error::io("flush the directory of the images", base, e))
+    disk.sync_dir(base).map_err(|e| Error::io("flush the directory of the images", base, e))?;
+    Ok(store)
 }
 
 fn end(disk: &dyn Disk, path: &Path) -> Result<()> {
@@ -469,14 +487,22 @@ struct OpenSteps<'a> {
     path: &'a Path,
     base: &'a Path,
     steps: &'a mut Steps,
+    /// The journal, locked: while it is, nobody takes it for an interrupted operation's.
+    held: Arc<dyn Store>,
     /// Whether the step that is not done may have changed something: one that found its image damaged has not.
     touched: Cell<bool>,
 }
 
 impl<'a> OpenSteps<'a> {
     /// A journal of which nobody knows how far its next step went.
-    fn of(disk: &'a dyn Disk, path: &'a Path, base: &'a Path, steps: &'a mut Steps) -> Self {
-        Self { disk, path, base, steps, touched: Cell::new(true) }
+    fn of(
+        disk: &'a dyn Disk,
+        path: &'a Path,
+        base: &'a Path,
+        steps: &'a mut Steps,
+        held: Arc<dyn Store>,
+    ) -> Self {
+        Self { disk, path, base, steps, held, touched: Cell::new(true) }
     }
 
     /// Does what is left. With `again` the first of it may have been done, or half done.
@@ -500,7 +526,8 @@ impl<'a> OpenSteps<'a> {
             again = false;
             self.steps.done += 1;
             if self.steps.done < self.steps.steps.len() {
-                replace(self.disk, self.path, self.steps.encode(self.base)?.as_bytes())?;
+                self.held =
+                    replace_held(self.disk, self.path, self.steps.encode(self.base)?.as_bytes(), true)?;
             }
         }
         if resumed {
@@ -576,7 +603,7 @@ impl<'a> OpenSteps<'a> {
         for (number, step) in begun.iter().enumerate().rev() {
             if number < self.steps.done {
                 self.steps.done = number;
-                replace(disk, self.path, self.steps.encode(self.base)?.as_bytes())?;
+                self.held = replace_held(disk, self.path, self.steps.encode(self.base)?.as_bytes(), true)?;
             }
             match step {
                 Step::Overlay { new } | Step::Copy { new, .. } if disk.stat(&new.path).is_ok() => {
@@ -908,7 +935,7 @@ mod tests {
             }
             steps.steps.push(Step::Overlay { new });
             let journal = place(&base.join(".pleach/vm.tree"));
-            begin(&RealDisk, &journal, &steps.encode(&base).unwrap(), &base).unwrap();
+            drop(begin(&RealDisk, &journal, &steps.encode(&base).unwrap(), &base).unwrap());
             undo(&RealDisk, &journal).unwrap();
             assert_eq!(std::fs::read_dir(&base).unwrap().count(), 0, "{whole}");
         }

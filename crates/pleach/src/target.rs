@@ -91,6 +91,14 @@ impl Target {
         let active = self.only_head(trust)?;
         let stem = active.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let name = free_tree(&self.base, &stem);
+        if Catalog::list(&RealDisk, &self.base)? != self.catalogs {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                "somebody else has made or removed a catalog meanwhile",
+            )
+            .at(&self.base)
+            .hint("try again"));
+        }
         let disks = [(ONLY_DISK.to_owned(), active)];
         Ok(Box::leak(Box::new(Tree::adopt(&RealDisk, &self.base, &name, &disks, &self.also, trust)?)))
     }

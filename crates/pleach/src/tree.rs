@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use pleach_engine::family::{self, Family, ONLY_DISK, State};
 use pleach_engine::survey::{Survey, SurveyFile};
 use pleach_engine::tree::Tree;
-use pleach_engine::{Error, ErrorKind, Result, Sizes, pending, sizes};
+use pleach_engine::{Error, ErrorKind, Result, Sizes, pending, sizes, unfinished};
 use pleach_lineage::text::{Style, rows};
 use pleach_lineage::{Kind, Lineage, Node, NodeId, Storage};
 use pleach_store::{Access, Disk, RealDisk, Role};
@@ -82,6 +82,11 @@ fn run_trees(args: &TreeArgs, trees: &[Tree]) -> Result<ExitCode> {
             wrong: Vec::new(),
         };
         for journal in pending(&RealDisk, &picture.base)? {
+            let error = unfinished(&RealDisk, &journal);
+            if error.kind == ErrorKind::InUse {
+                output::warn(&error);
+                continue;
+            }
             let text = "an operation on these images was interrupted: what is shown may be half-way";
             let hint = format!("finish it: pleach resume {}", picture.base.display());
             output::warn(&Error::new(ErrorKind::Failed, text).at(journal).hint(hint));

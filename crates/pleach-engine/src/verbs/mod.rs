@@ -16,6 +16,7 @@ use pleach_image::{Image, escape};
 use pleach_lineage::{NodeRecord, Record, Storage};
 use pleach_store::{Access, Disk, FileId, Role};
 
+use crate::catalog::CatalogText;
 use crate::delete::{DeletePlan, refuse_unknown_readers, still_read};
 use crate::journal::{JournalImage, directory_of, pending, unfinished};
 use crate::names::express;
@@ -56,6 +57,7 @@ pub struct Job {
     locks: Vec<PathBuf>,
     steps: Steps,
     catalog: PathBuf,
+    planned_on: CatalogText,
 }
 
 /// One change of an image that is no merge.
@@ -149,7 +151,7 @@ impl Job {
         }
         // What the files took when the operation was planned: on tmpfs, reading a hole takes some.
         let bytes_freed = self.merges.iter().map(|m| m.bytes_freed).sum::<u64>() + self.bytes_removed;
-        let outcome = crate::steps::run(disk, &self.catalog, self.steps, watch)?;
+        let outcome = crate::steps::run(disk, &self.catalog, self.planned_on, self.steps, watch)?;
         Ok(Outcome { bytes_freed, ..outcome })
     }
 
@@ -201,7 +203,7 @@ impl<'a> Draft<'a> {
     fn new(disk: &'a dyn Disk, tree: &'a Tree) -> Result<Self> {
         for dir in &tree.survey.directories {
             if let Some(journal) = pending(disk, dir)?.first() {
-                return Err(unfinished(journal));
+                return Err(unfinished(disk, journal));
             }
         }
         Ok(Self {
@@ -259,6 +261,7 @@ impl<'a> Draft<'a> {
             locks,
             steps: journal,
             catalog: path,
+            planned_on: tree.catalog.version(),
         };
         job.probe(disk)?;
         Ok(job)
