@@ -1,7 +1,8 @@
 //! Chains of images beside qemu-img: copied, rebased, committed and merged, in one run, in one table.
 //!
 //! `cargo xtask bench chain`, or `chain convert siblings` for some rows; `PLEACH_SMALL=1` takes smaller ones. Both tools work
-//! in turns, each on its own copy, and leave the same content, which is compared afterwards.
+//! in turns, each on its own copy, and leave the same content, which is compared afterwards. A directory among the arguments is
+//! taken to lie on XFS or btrfs: there, files share blocks (`cloned`).
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a bench")]
 
 use std::path::{Path, PathBuf};
@@ -36,7 +37,8 @@ fn main() {
         return;
     }
     let scale = if std::env::var_os("PLEACH_SMALL").is_some() { SMALL } else { FULL };
-    let asked = |name: &str| args.len() == 1 || args.iter().any(|arg| arg == name);
+    let rows = args.iter().filter(|arg| *arg != "chain" && !arg.contains('/')).count();
+    let asked = |name: &str| rows == 0 || args.iter().any(|arg| arg == name);
     println!("seconds by the clock (of all processors):\n");
     println!("| what | qemu-img | pleach | times faster | wanted |");
     println!("|---|---|---|---|---|");
@@ -50,6 +52,52 @@ fn main() {
     if asked("siblings") {
         siblings(&scale);
     }
+    match args.iter().find(|arg| arg.contains('/')) {
+        Some(dir) => cloned(&scale, Path::new(dir)),
+        None if asked("cloned") => {
+            println!("\ncloned: left out; name a directory on XFS or btrfs: chain DIR")
+        }
+        None => {}
+    }
+}
+
+/// A run and a copy where the file system shares blocks; and how many bytes of it each of them takes.
+fn cloned(scale: &Scale, place: &Path) {
+    let dir = tempfile::tempdir_in(place).expect("a directory that can be written");
+    let dir = dir.path();
+    let (stock, ours) = (&dir.join("stock"), &dir.join("ours"));
+    std::fs::create_dir(stock).unwrap();
+    let (data, all) = (4 * scale.layer, 4 * scale.layer / CLUSTER);
+    image(stock, "base.qcow2", 2 * data, None, |write| write(0, all, 1));
+    image(stock, "top.qcow2", 2 * data, Some("base.qcow2"), |write| write(all, all, 2));
+    run(Command::new("cp").args(["-r", "--reflink=always", text(stock), text(ours)]));
+    let used = || {
+        run(Command::new("sync").args(["-f", text(dir)]));
+        let df = Command::new("df").args(["--output=used", "-B1", text(dir)]).output().unwrap();
+        let text = String::from_utf8(df.stdout).unwrap();
+        text.lines().nth(1).and_then(|line| line.trim().parse::<i64>().ok()).expect("df says so")
+    };
+    let tell = |what: &str, before: [i64; 3]| {
+        let percent = |from: i64, to: i64| 100.0 * (to - from) as f64 / data as f64;
+        let (theirs, we) = (percent(before[0], before[1]), percent(before[1], before[2]));
+        println!("| {what}: blocks taken, of the data | {theirs:.1} % | {we:.1} % | | 2 % |");
+    };
+    let gib = data >> 20;
+    let before = used();
+    let took = qemu_img(dir, &["convert", "-O", "qcow2", "stock/base.qcow2", "stock.qcow2"]);
+    let between = used();
+    let our = pleach(dir, &["flatten", "ours/base.qcow2", "ours.qcow2"]);
+    row(&format!("flatten, {gib} MiB, cloned"), took, our, "20");
+    tell("flatten", [before, between, used()]);
+    same(dir, "stock.qcow2", "ours.qcow2");
+    std::fs::remove_file(dir.join("stock.qcow2")).unwrap();
+    let before = used();
+    let took = qemu_img(stock, &["commit", "-q", "-b", "base.qcow2", "top.qcow2"]);
+    let between = used();
+    let our = pleach(ours, &["merge", "top.qcow2", "--into", "base.qcow2", "--yes"]);
+    row(&format!("merge, {gib} MiB each, cloned"), took, our, "20");
+    tell("merge", [before, between, used()]);
+    same(dir, "stock/base.qcow2", "ours/base.qcow2");
 }
 
 fn row(what: &str, theirs: Took, ours: Took, wanted: &str) {

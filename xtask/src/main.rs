@@ -29,7 +29,11 @@ const TASKS: &[Task] = &[
         "crash [states=1000000]: so many states that kills, power losses and failing disks leave of all verbs, in memory",
         crash,
     ),
-    ("bench", "bench [criterion args]: all benches", bench),
+    (
+        "bench",
+        "bench [--compare [REVISION]] [criterion args]: all benches, or those named; against a revision's, HEAD's by default",
+        bench,
+    ),
     (
         "testdata",
         "testdata [--check]: make the images of testdata with qemu-img, or compare with them",
@@ -98,7 +102,45 @@ fn bench(args: &[String]) -> Result {
         // It runs the command line, as users do.
         run::run(cargo().args(["build", "--release", "--package", "pleach"]))?;
     }
-    run::run(cargo().args(["bench", "--package", "pleach-benches", "--"]).args(args))
+    let Some(at) = args.iter().position(|arg| arg == "--compare") else {
+        return run::run(cargo().args(["bench", "--package", "pleach-benches", "--"]).args(args));
+    };
+    let (mut rest, mut revision) = (args.to_vec(), "HEAD".to_owned());
+    rest.remove(at);
+    if let Some(next) = rest.get(at).filter(|next| is_revision(next)) {
+        revision.clone_from(next);
+        rest.remove(at);
+    }
+    compare(&revision, &rest)
+}
+
+fn is_revision(word: &str) -> bool {
+    let commit = format!("{word}^{{commit}}");
+    run::succeeds(run::program("git").args(["rev-parse", "--quiet", "--verify", &commit]))
+}
+
+/// The benches of a revision, then of what is here, which criterion compares.
+fn compare(revision: &str, args: &[String]) -> Result {
+    let here = std::env::current_dir().map_err(|why| format!("where are we? {why}"))?;
+    let (target, other) = (here.join("target"), here.join("target/compare"));
+    let tree = || {
+        let mut git = run::program("git");
+        git.args(["worktree"]);
+        git
+    };
+    // What an earlier run may have left; it is no error if there is nothing.
+    let _ = run::succeeds(tree().args(["remove", "--force"]).arg(&other));
+    run::run(tree().args(["add", "--force", "--detach"]).arg(&other).arg(revision))?;
+    let bench = |dir: &std::path::Path, baseline: &str| {
+        let mut bench = cargo();
+        bench.current_dir(dir).args(["bench", "--package", "pleach-benches", "--", baseline, "compare"]);
+        // Both build what they have in common once, and know each other's figures.
+        bench.env("CARGO_TARGET_DIR", &target).env("CRITERION_HOME", target.join("criterion"));
+        run::run(bench.args(args))
+    };
+    let done = bench(&other, "--save-baseline").and_then(|()| bench(&here, "--baseline-lenient"));
+    run::run(tree().args(["remove", "--force"]).arg(&other))?;
+    done
 }
 
 fn testdata(args: &[String]) -> Result {

@@ -305,7 +305,7 @@ impl Steps {
         let one = |step: &Step| match step {
             Step::Copy { new, from } => {
                 let make = |source: &Chain, target: &Target<'_>| {
-                    convert::rehearse(source, &new.path, target, &watch)
+                    convert::rehearse(disk, source, &new.path, target, &watch)
                 };
                 copied(disk, new, from, make)
             }

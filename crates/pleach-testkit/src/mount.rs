@@ -64,6 +64,49 @@ impl Drop for TinyFs {
     }
 }
 
+/// An XFS whose files can share blocks, in a file; unmounted when dropped.
+pub struct Xfs {
+    // Read by `Drop` through `path`; the directory must outlive the mount.
+    _place: WorkDir,
+    path: PathBuf,
+}
+
+impl Xfs {
+    /// Mounts a new XFS of `bytes`, which is at least 300 MiB, or says why not (no root, no mkfs.xfs) and gives `None`.
+    ///
+    /// # Panics
+    /// If the file or the mount point cannot be made.
+    #[must_use]
+    pub fn mount(bytes: u64) -> Option<Self> {
+        let place = WorkDir::new("xfs");
+        let (file, path) = (place.join("blocks"), place.join("fs"));
+        let blocks = std::fs::File::create(&file).expect("a file of blocks");
+        blocks.set_len(bytes).expect("a sparse file");
+        std::fs::create_dir(&path).expect("a mount point");
+        match Command::new("mkfs.xfs").args(["-q", "-m", "reflink=1"]).arg(&file).output() {
+            Ok(made) if made.status.success() => {}
+            other => {
+                println!("no XFS can be made here: {other:?}");
+                return None;
+            }
+        }
+        let file = file.to_string_lossy().into_owned();
+        mount(&["-t", "xfs", "-o", "loop", &file], &path).then_some(Self { _place: place, path })
+    }
+
+    /// The root of the file system.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Xfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.path).status();
+    }
+}
+
 fn mount(args: &[&str], path: &Path) -> bool {
     match Command::new("mount").args(args).arg(path).output() {
         Ok(output) if output.status.success() => true,

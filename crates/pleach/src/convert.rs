@@ -27,7 +27,7 @@ pub(crate) fn run(args: &ConvertArgs) -> Result<ExitCode> {
             "schema": 1,
             "converted": {
                 "filename": args.out.display().to_string(), "format": to.name(), "virtual_size": made.virtual_size,
-                "file_size": made.file_size, "bytes_written": made.written,
+                "file_size": made.file_size, "bytes_written": made.written, "bytes_cloned": made.cloned,
             },
         }));
     }
@@ -81,7 +81,7 @@ fn copy(args: &ConvertArgs, flatten: Flatten) -> Result<(Converted, FileFormat)>
     let watch = Arc::new(Watch::limited(args.bandwidth).with_most_output(args.max_output));
     let progress = Progress::start(args.progress.show, &watch);
     let made = match dry_run {
-        true => rehearse(&source.chain, &args.out, &target, &watch),
+        true => rehearse(&RealDisk, &source.chain, &args.out, &target, &watch),
         false => convert(&RealDisk, &source.chain, &args.out, &target, &watch),
     };
     drop(progress);
@@ -104,7 +104,7 @@ pub(crate) fn flatten(args: &FlattenArgs) -> Result<ExitCode> {
     output::document(&json!({
         "schema": 1,
         "plan": {
-            "bytes_read": made.written, "bytes_written": made.written, "bytes_cloned": 0, "bytes_freed": 0,
+            "bytes_read": made.written, "bytes_written": made.written, "bytes_cloned": made.cloned, "bytes_freed": 0,
             "copies": [{
                 "into": convert.out.display().to_string(), "content_of": convert.source.display().to_string(),
                 "bytes": made.written,

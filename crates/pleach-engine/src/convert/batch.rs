@@ -7,6 +7,7 @@ use pleach_format::{CompressionType, FormatError, Geometry, GuestCluster, GuestO
 use pleach_image::{Bulk, Chain, Compressor, Content, ImageError, Piecework};
 use pleach_store::Store;
 
+use super::sharing::Sharing;
 use crate::buffer::Buffer;
 use crate::is_zero;
 
@@ -23,6 +24,8 @@ pub(crate) struct Look<'a> {
     pub(crate) version: Version,
     /// Clusters that are compressed like this are taken over as they are.
     pub(crate) carry: Option<CompressionType>,
+    /// Whole clusters that the file system can share are not read, and not looked at for zeros.
+    pub(crate) sharing: Option<&'a Sharing>,
     /// What clusters are compressed with, if they are to be.
     pub(crate) compressors: Option<&'a Compressors>,
 }
@@ -71,8 +74,38 @@ impl Look<'_> {
 #[derive(Clone, Debug)]
 struct Write {
     offset: u64,
-    packed: bool,
-    range: Range<usize>,
+    from: Origin,
+    len: usize,
+}
+
+/// Where the bytes are that are written.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Origin {
+    /// From here on in the batch's bytes.
+    Plain(usize),
+    /// From here on in its compressed bytes.
+    Packed(usize),
+    /// In the file of a layer of the source, which shares them.
+    Shared { layer: usize, host: u64 },
+}
+
+impl Origin {
+    fn after(self, len: usize) -> Self {
+        match self {
+            Self::Plain(at) => Self::Plain(at + len),
+            Self::Packed(at) => Self::Packed(at + len),
+            Self::Shared { layer, host } => Self::Shared { layer, host: host + len as u64 },
+        }
+    }
+}
+
+/// Bytes that a batch has put out.
+#[derive(Copy, Clone, Debug, Default)]
+pub(crate) struct Written {
+    /// All of them, compressed ones as they are.
+    pub(crate) bytes: u64,
+    /// Of these, those that the file system shares.
+    pub(crate) cloned: u64,
 }
 
 /// Some clusters, in guest order, and the buffers for them, which are used again.
@@ -85,8 +118,8 @@ pub(crate) struct Batch {
     packed: Vec<u8>,
     /// Clusters of `bytes` that came compressed: where each starts, and where in `packed` it is.
     carried: Vec<(usize, Range<usize>)>,
-    /// Guest cluster, what becomes of it, and its bytes: in `packed` if it is compressed, else in `bytes`.
-    clusters: Vec<(GuestCluster, Content, Range<usize>)>,
+    /// Guest cluster, what becomes of it, and where its bytes are.
+    clusters: Vec<(GuestCluster, Content, Origin)>,
     writes: Vec<Write>,
 }
 
@@ -130,6 +163,19 @@ impl Batch {
     pub(crate) fn look(&mut self, look: &Look<'_>) -> Result<(), ImageError> {
         self.packed.clear();
         self.carried.clear();
+        if let Some(sharing) = look.sharing {
+            let (g, extended) = (look.geometry, look.geometry.extended_l2());
+            let content =
+                if extended { Content::Subclusters { data: u32::MAX, zero: 0 } } else { Content::Plain };
+            let clusters = &mut self.clusters;
+            self.ranges =
+                share(look.source, sharing, g.cluster_size(), &self.ranges, |layer, host, range| {
+                    for at in range.clone().step_by(g.cluster_bytes()) {
+                        let from = Origin::Shared { layer, host: host + (at - range.start) };
+                        clusters.push((g.guest_cluster(GuestOffset(at)), content, from));
+                    }
+                })?;
+        }
         match look.carry {
             Some(compression) => {
                 self.read_carrying(look.source, compression, look.geometry.cluster_bytes())?
@@ -151,20 +197,23 @@ impl Batch {
                 let content = content(look, cluster, below);
                 let index = look.geometry.guest_cluster(GuestOffset(guest));
                 let Some(content) = content else { continue };
-                let mut item = (index, content, place);
+                let mut item = (index, content, Origin::Plain(place.start));
                 if let (Content::Plain | Content::Subclusters { .. }, Some(packed)) = (content, packed) {
-                    item = (index, Content::Packed(packed.len()), packed.clone());
+                    item = (index, Content::Packed(packed.len()), Origin::Packed(packed.start));
                 } else if let (Content::Plain | Content::Subclusters { .. }, Some(compressors)) =
                     (content, look.compressors)
                 {
                     let start = self.packed.len();
                     let len = compressors.with(|one| one.append(cluster, &mut self.packed))?;
                     if let Some(len) = len {
-                        item = (index, Content::Packed(len), start..start + len);
+                        item = (index, Content::Packed(len), Origin::Packed(start));
                     }
                 }
                 self.clusters.push(item);
             }
+        }
+        if look.sharing.is_some() {
+            self.clusters.sort_unstable_by_key(|(index, ..)| index.0);
         }
         Ok(())
     }
@@ -224,7 +273,7 @@ impl Batch {
             }
             if !zero {
                 let index = look.geometry.guest_cluster(GuestOffset(guest));
-                self.clusters.push((index, Content::Plain, n * size..(n + 1) * size));
+                self.clusters.push((index, Content::Plain, Origin::Plain(n * size)));
             }
         }
         Ok(())
@@ -241,8 +290,9 @@ impl Batch {
         mut fill: Option<&mut Fill>,
         tables: &mut Sink<'_>,
     ) -> Result<(), ImageError> {
-        let subcluster = bulk.geometry().cluster_bytes() / 32;
-        for (cluster, content, range) in &self.clusters {
+        let cluster_bytes = bulk.geometry().cluster_bytes();
+        let subcluster = cluster_bytes / 32;
+        for (cluster, content, from) in &self.clusters {
             let mut content = *content;
             if let Some(fill) = &mut fill {
                 fill.up_to(cluster.0, bulk, tables)?;
@@ -258,15 +308,16 @@ impl Batch {
             let offset = bulk.place(*cluster, content)?.0;
             match content {
                 Content::Zero | Content::ZeroSubclusters(_) => {}
-                Content::Packed(_) => self.writes.push(Write { offset, packed: true, range: range.clone() }),
-                Content::Plain => self.writes.push(Write { offset, packed: false, range: range.clone() }),
+                Content::Packed(len) => self.writes.push(Write { offset, from: *from, len }),
+                Content::Plain | Content::Subclusters { data: u32::MAX, .. } => {
+                    self.writes.push(Write { offset, from: *from, len: cluster_bytes });
+                }
                 Content::Subclusters { data, .. } => {
                     for n in (0..32).filter(|n| data >> n & 1 != 0) {
-                        let from = range.start + n * subcluster;
                         self.writes.push(Write {
                             offset: offset + (n * subcluster) as u64,
-                            packed: false,
-                            range: from..from + subcluster,
+                            from: from.after(n * subcluster),
+                            len: subcluster,
                         });
                     }
                 }
@@ -276,14 +327,30 @@ impl Batch {
         tables(bulk.take_done())
     }
 
-    /// Everything goes where the guest sees it, up to `size`.
-    pub(crate) fn place_raw(&mut self, size: u64) {
+    /// Everything goes where the guest sees it, up to `size`; what can be shared is, and the rest is to be read.
+    ///
+    /// # Errors
+    /// Damage in the tables that are met.
+    pub(crate) fn place_raw(
+        &mut self,
+        source: &Chain,
+        size: u64,
+        sharing: Option<&Sharing>,
+    ) -> Result<(), ImageError> {
+        if let Some(sharing) = sharing {
+            let writes = &mut self.writes;
+            self.ranges = share(source, sharing, super::RAW_GRAIN, &self.ranges, |layer, host, range| {
+                let len = usize::try_from(range.end - range.start).unwrap_or(0);
+                writes.push(Write { offset: range.start, from: Origin::Shared { layer, host }, len });
+            })?;
+        }
         let mut at = 0;
         for range in &self.ranges {
             let len = usize::try_from(range.end.min(size).saturating_sub(range.start)).unwrap_or(0);
-            self.writes.push(Write { offset: range.start, packed: false, range: at..at + len });
+            self.writes.push(Write { offset: range.start, from: Origin::Plain(at), len });
             at += usize::try_from(range.end - range.start).unwrap_or(0);
         }
+        Ok(())
     }
 
     /// Bytes that are not part of a block of zeros.
@@ -293,43 +360,96 @@ impl Batch {
 
     fn join_writes(&mut self) {
         self.writes.dedup_by(|next, last| {
-            let joins = last.packed == next.packed
-                && last.range.end == next.range.start
-                && last.offset + last.range.len() as u64 == next.offset;
+            let joins =
+                last.from.after(last.len) == next.from && last.offset + last.len as u64 == next.offset;
             if joins {
-                last.range.end = next.range.end;
+                last.len += next.len;
             }
             joins
         });
     }
 
-    /// Writes everything but zeros, which are there already, and gives the number of bytes.
+    /// Writes everything but zeros, which are there already; what `source` has is shared.
     ///
     /// # Errors
     /// What the system says.
-    pub(crate) fn write(&self, store: Option<&dyn Store>) -> Result<u64, ImageError> {
-        self.write_all(store).map_err(|source| ImageError::Io { what: "write the new file", source })
+    pub(crate) fn write(&self, source: &Chain, store: Option<&dyn Store>) -> Result<Written, ImageError> {
+        let mut written = Written::default();
+        for write in &self.writes {
+            written.bytes += match write.from {
+                Origin::Shared { layer, host } => {
+                    let len = write.len as u64;
+                    let from = source.layers().get(layer).map(|l| l.data_store());
+                    written.cloned += match (store, from) {
+                        (Some(store), Some(from)) => share_or_copy(&**from, host, store, write.offset, len),
+                        _ => Ok(len),
+                    }
+                    .map_err(|source| ImageError::Io { what: "write the new file", source })?;
+                    len
+                }
+                _ => self
+                    .write_bytes(write, store)
+                    .map_err(|source| ImageError::Io { what: "write the new file", source })?,
+            };
+        }
+        Ok(written)
     }
 
     /// One past the last byte that is written.
     pub(crate) fn end(&self) -> u64 {
-        self.writes.iter().map(|w| w.offset + w.range.len() as u64).max().unwrap_or(0)
+        self.writes.iter().map(|w| w.offset + w.len as u64).max().unwrap_or(0)
     }
 
-    fn write_all(&self, store: Option<&dyn Store>) -> std::io::Result<u64> {
-        let mut written = 0;
-        for write in &self.writes {
-            let from = if write.packed { &self.packed } else { self.bytes.bytes() };
-            let bytes = from.get(write.range.clone()).unwrap_or(&[]);
-            if write.packed {
+    fn write_bytes(&self, write: &Write, store: Option<&dyn Store>) -> std::io::Result<u64> {
+        match write.from {
+            Origin::Packed(at) => {
+                let bytes = self.packed.get(at..at + write.len).unwrap_or(&[]);
                 store.map_or(Ok(()), |store| store.write_at(write.offset, bytes))?;
-                written += bytes.len() as u64;
-            } else {
-                written += write_sparse(store, write.offset, bytes)?;
+                Ok(bytes.len() as u64)
+            }
+            Origin::Plain(at) => {
+                let bytes = self.bytes.bytes().get(at..at + write.len).unwrap_or(&[]);
+                write_sparse(store, write.offset, bytes)
+            }
+            Origin::Shared { .. } => Ok(0),
+        }
+    }
+}
+
+/// Takes out of `ranges` what can be shared in units of `unit` bytes: `each` gets its layer, where it is in that layer's file,
+/// and its guest range. Gives what is left.
+fn share(
+    source: &Chain,
+    sharing: &Sharing,
+    unit: u64,
+    ranges: &[Range<u64>],
+    mut each: impl FnMut(usize, u64, Range<u64>),
+) -> Result<Vec<Range<u64>>, ImageError> {
+    let mut left = Vec::new();
+    for range in ranges {
+        let mut at = range.start;
+        for piece in source.pieces(range.start, range.end - range.start)? {
+            if let Some((layer, host, part)) = sharing.part(&piece, unit) {
+                left.push(at..part.start);
+                at = part.end;
+                each(layer, host, part);
             }
         }
-        Ok(written)
+        left.push(at..range.end);
     }
+    left.retain(|range| !range.is_empty());
+    Ok(left)
+}
+
+/// Lets a new file share bytes of another one, or copies them if that is not possible. Returns how many were shared.
+fn share_or_copy(from: &dyn Store, host: u64, to: &dyn Store, offset: u64, len: u64) -> std::io::Result<u64> {
+    if to.copy_from(from, host, offset, len)? {
+        return Ok(len);
+    }
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    from.read_at(host, &mut bytes)?;
+    to.write_at(offset, &bytes)?;
+    Ok(0)
 }
 
 /// Where complete tables go.

@@ -8,6 +8,7 @@ mod bitmaps;
 pub(crate) mod extents;
 mod job;
 mod measure;
+mod sharing;
 mod space;
 mod write_back;
 
@@ -20,10 +21,11 @@ use pleach_store::{Disk, NewFile, Store};
 
 use crate::scan::indexed;
 use crate::{Error, ErrorKind, Result, Watch};
-use batch::{Batch, Compressors, Fill, Look};
+use batch::{Batch, Compressors, Fill, Look, Written};
 use bitmaps::Bitmaps;
 use extents::Extents;
 use job::Job;
+use sharing::Sharing;
 use write_back::WriteBack;
 
 pub use bitmaps::BrokenBitmaps;
@@ -65,6 +67,8 @@ pub struct Converted {
     pub file_size: u64,
     /// Bytes of guest data written, compressed ones as they are.
     pub written: u64,
+    /// Of these, bytes that the file system shares with the source.
+    pub cloned: u64,
 }
 
 /// Writes what `source` reads as into the new file `out`, which has its name when it is whole and durable.
@@ -97,31 +101,45 @@ pub fn convert(
 ///
 /// # Errors
 /// As [`convert`], as far as nothing has to be written to find out.
-pub fn rehearse(source: &Chain, out: &Path, target: &Target<'_>, watch: &Watch) -> Result<Converted> {
+pub fn rehearse(
+    disk: &dyn Disk,
+    source: &Chain,
+    out: &Path,
+    target: &Target<'_>,
+    watch: &Watch,
+) -> Result<Converted> {
     watch.expect(source.size());
     let (source, size) = (&indexed(source)?, source.size());
-    let Target::Qcow2(image) = target else {
-        let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
-        let written = job.run(
-            Batch::default,
-            |_| Ok(()),
-            |batch| {
-                batch.place_raw(size);
-                Ok(())
-            },
-            |batch| {
-                batch.read(source)?;
-                batch.write(None)
-            },
-        )?;
-        return Ok(Converted { virtual_size: size, file_size: size, written });
+    let cloned = AtomicU64::new(0);
+    let count = |written: Written| {
+        cloned.fetch_add(written.cloned, Ordering::Relaxed);
+        written.bytes
+    };
+    let image = match target {
+        Target::Raw(preallocation) => {
+            let sharing = Sharing::of(disk, source, out);
+            let sharing = sharing.as_ref().filter(|s| !takes_space(*preallocation) && s.fits(RAW_GRAIN));
+            let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
+            let written = job.run(
+                Batch::default,
+                |_| Ok(()),
+                |batch| batch.place_raw(source, size, sharing).map_err(|e| Error::image(out, e)),
+                |batch| {
+                    batch.read(source)?;
+                    batch.write(source, None).map(count)
+                },
+            )?;
+            let cloned = cloned.into_inner();
+            return Ok(Converted { virtual_size: size, file_size: size, written, cloned });
+        }
+        Target::Qcow2(image) => image,
     };
     image.check()?;
     let below = image.below.map(indexed).transpose()?;
     let image = &NewImage { below: below.as_ref(), ..image.clone() };
     let mut bulk = image.bulk(size)?;
-    let compressors = image.compressors()?;
-    let look = image.look(source, &bulk, compressors.as_ref());
+    let (sharing, compressors) = (image.sharing(disk, source, out), image.compressors()?);
+    let look = Look { sharing: sharing.as_ref(), ..image.look(source, &bulk, compressors.as_ref()) };
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     let wrap = |e: ImageError| Error::image(out, e);
     let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
@@ -132,14 +150,15 @@ pub fn rehearse(source: &Chain, out: &Path, target: &Target<'_>, watch: &Watch) 
             let placed = batch.place(&mut bulk, fill.as_mut(), &mut |_| Ok(()));
             placed.and_then(|()| space::most(bulk.used(), watch)).map_err(wrap)
         },
-        |batch| batch.write(None),
+        |batch| batch.write(source, None).map(count),
     )?;
     if let Some(fill) = &mut fill {
         let end = bulk.geometry().clusters_for(size).0;
         fill.up_to(end, &mut bulk, &mut |_| Ok(())).map_err(wrap)?;
     }
     let file_size = bulk.finish().map_err(wrap)?.len;
-    Ok(Converted { virtual_size: size, file_size, written })
+    let cloned = cloned.into_inner();
+    Ok(Converted { virtual_size: size, file_size, written, cloned })
 }
 
 fn to_raw(
@@ -156,27 +175,28 @@ fn to_raw(
     let io = |what: &'static str| move |e| Error::io(what, out, e);
     store.set_len(size).map_err(io("make the file as long as the disk"))?;
     preallocate(store, size, preallocation).map_err(io("reserve the space of the file"))?;
+    let sharing = Sharing::of(disk, source, out);
+    let sharing = sharing.as_ref().filter(|s| !takes_space(preallocation) && s.fits(RAW_GRAIN));
     let job = Job::new(Extents::new(vec![source], size), RAW_GRAIN, out, watch);
-    let (back, put_out) = (WriteBack::new(store), AtomicU64::new(0));
+    let (back, put_out, cloned) = (WriteBack::new(store), AtomicU64::new(0), AtomicU64::new(0));
     let written = job.run(
         Batch::default,
         |_| Ok(()),
-        |batch| {
-            batch.place_raw(size);
-            Ok(())
-        },
+        |batch| batch.place_raw(source, size, sharing).map_err(|e| Error::image(out, e)),
         |batch| {
             batch.read(source)?;
-            let written = batch.write(Some(store))?;
+            let written = batch.write(source, Some(store))?;
             back.wrote(batch.end());
-            space::most(put_out.fetch_add(written, Ordering::Relaxed) + written, watch)?;
-            watch.hold_back(written);
-            Ok(written)
+            cloned.fetch_add(written.cloned, Ordering::Relaxed);
+            space::most(put_out.fetch_add(written.bytes, Ordering::Relaxed) + written.bytes, watch)?;
+            watch.hold_back(written.bytes - written.cloned);
+            Ok(written.bytes)
         },
     )?;
     store.barrier().map_err(io("flush the file"))?;
     partial.publish().map_err(|e| Error::new_file(out, e))?;
-    Ok(Converted { virtual_size: size, file_size: size, written })
+    let cloned = cloned.into_inner();
+    Ok(Converted { virtual_size: size, file_size: size, written, cloned })
 }
 
 fn to_qcow2(
@@ -218,11 +238,11 @@ fn to_qcow2(
             .try_for_each(|piece| store.write_at(piece.offset, &piece.bytes))
             .map_err(|source| ImageError::Io { what: "write a table", source })
     };
-    let compressors = image.compressors()?;
-    let look = image.look(source, &bulk, compressors.as_ref());
+    let (sharing, compressors) = (image.sharing(disk, source, out), image.compressors()?);
+    let look = Look { sharing: sharing.as_ref(), ..image.look(source, &bulk, compressors.as_ref()) };
     let mut fill = image.fills().then(|| Fill::new(bulk.geometry()));
     let job = Job::new(image.extents(source), bulk.geometry().cluster_size(), out, watch);
-    let back = WriteBack::new(data_store);
+    let (back, cloned) = (WriteBack::new(data_store), AtomicU64::new(0));
     let written = job.run(
         Batch::default,
         |batch| batch.look(&look),
@@ -236,10 +256,11 @@ fn to_qcow2(
             }
         },
         |batch| {
-            let written = batch.write(Some(data_store))?;
+            let written = batch.write(source, Some(data_store))?;
             back.wrote(batch.end());
-            watch.hold_back(written);
-            Ok(written)
+            cloned.fetch_add(written.cloned, Ordering::Relaxed);
+            watch.hold_back(written.bytes - written.cloned);
+            Ok(written.bytes)
         },
     )?;
     if let Some(fill) = &mut fill {
@@ -267,7 +288,7 @@ fn to_qcow2(
         None => partial.publish(),
     };
     published.map_err(|e| Error::new_file(out, e))?;
-    Ok(Converted { virtual_size: size, file_size, written })
+    Ok(Converted { virtual_size: size, file_size, written, cloned: cloned.into_inner() })
 }
 
 fn new_file<'a>(disk: &'a dyn Disk, path: &Path) -> Result<NewFile<'a>> {
@@ -338,7 +359,15 @@ impl<'a> NewImage<'a> {
         let carry = self.compress.map_or(self.carry && !plain, |level| level.is_none());
         let carry = carry.then_some(self.options.compression);
         let (geometry, version) = (bulk.geometry(), self.options.version);
-        Look { source, below: self.below, geometry, version, carry, compressors }
+        Look { source, below: self.below, geometry, version, carry, compressors, sharing: None }
+    }
+
+    /// What of `source` this image, at `out`, shares with it: nothing that has to be looked at first.
+    fn sharing(&self, disk: &dyn Disk, source: &Chain, out: &Path) -> Option<Sharing> {
+        let apart = self.options.data_file.is_some() || self.options.preallocation != Preallocation::Off;
+        let looked_at = self.compress.is_some() || self.below.is_some();
+        let sharing = Sharing::of(disk, source, out).filter(|_| !apart && !looked_at);
+        sharing.filter(|sharing| sharing.fits(1 << self.options.cluster_bits))
     }
 
     /// Where the new image may have to say something.
