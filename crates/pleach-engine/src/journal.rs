@@ -563,8 +563,13 @@ mod tests {
             assert_ne!(decode(&torn).0, want, "byte {cut} flipped");
         }
         assert_eq!(pending(&RealDisk, &real).unwrap(), std::slice::from_ref(&path));
+        // Nobody goes on with it while somebody does.
+        assert_eq!(unfinished(&RealDisk, &path).kind, ErrorKind::InUse);
+        assert!(Journal::reopen(&RealDisk, &path).is_err_and(|e| e.kind == ErrorKind::InUse));
+        drop(journal);
+        assert_eq!(unfinished(&RealDisk, &path).kind, ErrorKind::Failed);
         // Another place, the same images.
-        let (_, contents) = Journal::reopen(&RealDisk, &path).unwrap();
+        let (journal, contents) = Journal::reopen(&RealDisk, &path).unwrap();
         assert_eq!(contents.intent, Some(intent(&real)));
         let moved = tempfile::tempdir().unwrap();
         std::fs::create_dir(moved.path().join(DIRECTORY)).unwrap();
