@@ -214,6 +214,16 @@ impl Intent {
         }
     }
 
+    /// Whether what is said of single files is said of those that are named.
+    fn is_sound(&self) -> bool {
+        match self {
+            Self::Merge { dependents, committed, renamed, .. } => {
+                committed.iter().chain(renamed).all(|one| dependents.contains(one))
+            }
+            Self::Remove { .. } | Self::Rebase { .. } => true,
+        }
+    }
+
     /// The same with each path changed.
     fn map(self, change: impl Fn(PathBuf) -> PathBuf) -> Self {
         let image = |i: JournalImage| JournalImage { path: change(i.path.clone()), ..i };
@@ -487,7 +497,7 @@ pub(crate) fn decode(bytes: &[u8]) -> (Contents, u64, u32) {
     while let Some((kind, payload, len)) = record(bytes.get(at..).unwrap_or(&[]), number) {
         match kind {
             BEGIN if number == 0 => {
-                contents.intent = serde_json::from_slice(payload).ok();
+                contents.intent = serde_json::from_slice(payload).ok().filter(Intent::is_sound);
                 contents.foreign = contents.intent.is_none();
             }
             HEADER => {
@@ -586,6 +596,14 @@ mod tests {
         let record = encode(BEGIN, 0, b"{\"operation\":\"compact\"}").unwrap();
         assert!(decode(&record).0.foreign);
         assert!(!decode(&record[..record.len() - 1]).0.foreign);
+        // A file that takes part must be one of those that are named.
+        let mut meant = intent(Path::new("/there"));
+        let text = |meant: &Intent| encode(BEGIN, 0, &serde_json::to_vec(meant).unwrap()).unwrap();
+        assert!(!decode(&text(&meant)).0.foreign);
+        if let Intent::Merge { renamed: Some(renamed), .. } = &mut meant {
+            renamed.inode += 1;
+        }
+        assert!(decode(&text(&meant)).0.foreign);
     }
 
     #[test]
