@@ -17,7 +17,8 @@ use crate::{Error, ErrorKind, Result, Watch};
 /// Guest bytes a batch, where clusters are not larger: half of a small second-level cache, so that what was read is still
 /// there when it is written.
 pub(super) const BATCH: u64 = 256 << 10;
-/// Batches a thread; half as many where clusters are larger.
+/// Batches a thread. Where clusters are larger there are half as many, and half of the threads: a compressor for clusters
+/// of 2 MiB may need 30 MiB.
 pub(super) const BATCHES: usize = 4;
 
 /// What is to be gone through, and in which steps.
@@ -48,11 +49,13 @@ impl<'a> Job<'a> {
         write: impl Fn(&mut Batch) -> Result<u64, ImageError> + Sync,
     ) -> Result<u64> {
         let out = self.out;
-        let batches = if self.batch > BATCH { BATCHES / 2 } else { BATCHES };
+        let threads = rayon::current_num_threads();
+        let (hands, batches) =
+            if self.batch > BATCH { (threads.div_ceil(2), BATCHES / 2) } else { (threads, BATCHES) };
         let line = Mutex::new(Line {
             job: self,
             place,
-            free: (0..batches * rayon::current_num_threads()).map(|_| new()).collect(),
+            free: (0..batches * hands).map(|_| new()).collect(),
             taken: 0,
             turn: 0,
             looked: BTreeMap::new(),
@@ -63,7 +66,10 @@ impl<'a> Job<'a> {
         });
         let moved = Condvar::new();
         let wrap = |e| Error::image(out, e);
-        rayon::broadcast(|_| {
+        rayon::broadcast(|thread| {
+            if thread.index() >= hands {
+                return;
+            }
             let _alarm = Alarm { line: &line, moved: &moved };
             while let Some(step) = next_step(&line, &moved) {
                 match step {

@@ -73,8 +73,8 @@ pub struct Converted {
 
 /// Writes what `source` reads as into the new file `out`, which has its name when it is whole and durable.
 ///
-/// Memory: four batches a thread, a batch being 256 KiB, or two of a larger cluster of either file, each with its compressed
-/// form and what lies below it; one compressor a thread; and one table of each kind.
+/// Memory: four batches a thread, a batch being 256 KiB, or, where clusters of either file are larger, two of one cluster for
+/// half of the threads; each with its compressed form and what lies below it; one compressor a thread; one table of each kind.
 ///
 /// # Errors
 /// A file of that name; options that exclude each other; no space; damage in the source; [`ErrorKind::Interrupted`] if
